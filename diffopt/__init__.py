@@ -1,0 +1,76 @@
+"""Differentiable optimization layers for PyTorch.
+
+The public names of the package are those of ``__all__``; whatever is not listed may change.
+"""
+
+from diffopt import backends, check
+from diffopt._version import __version__
+from diffopt.errors import (
+    BackendError,
+    BackendNotInstalled,
+    BackendUnsupported,
+    DeviceError,
+    DiffoptError,
+    DiffoptWarning,
+    DtypeError,
+    InaccurateSolutionWarning,
+    ParameterError,
+    SettingsError,
+    ShapeError,
+    SolveFailed,
+    UnknownBackend,
+)
+from diffopt.layer import Layer, solve, solve_qp
+from diffopt.linalg import Dense, Diagonal, DiagonalPlusLowRank
+from diffopt.problems import (
+    DifferentiableProblem,
+    Param,
+    QPForm,
+    QPStructure,
+    QuadraticProgram,
+    absent,
+    fixed,
+    given,
+    learned,
+)
+from diffopt.solution import Certificate, Residuals, Solution, Status
+from diffopt.solvers.settings import Settings
+
+__all__ = [
+    "BackendError",
+    "BackendNotInstalled",
+    "BackendUnsupported",
+    "Certificate",
+    "Dense",
+    "DeviceError",
+    "Diagonal",
+    "DiagonalPlusLowRank",
+    "DifferentiableProblem",
+    "DiffoptError",
+    "DiffoptWarning",
+    "DtypeError",
+    "InaccurateSolutionWarning",
+    "Layer",
+    "Param",
+    "ParameterError",
+    "QPForm",
+    "QPStructure",
+    "QuadraticProgram",
+    "Residuals",
+    "Settings",
+    "SettingsError",
+    "ShapeError",
+    "Solution",
+    "SolveFailed",
+    "Status",
+    "UnknownBackend",
+    "__version__",
+    "absent",
+    "backends",
+    "check",
+    "fixed",
+    "given",
+    "learned",
+    "solve",
+    "solve_qp",
+]

@@ -1,0 +1,411 @@
+"""Gradients against central differences, through any backend."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import kkt
+from diffopt.backends import Backend
+from diffopt.errors import DtypeError, GradientCheckFailed, ParameterError
+from diffopt.layer import Layer, solve
+from diffopt.linalg.matrices import SymmetricMatrix
+from diffopt.problems import DifferentiableProblem, Form, QPStructure
+from diffopt.problems.structure import Declared
+from diffopt.shapes import max_abs
+from diffopt.solution import Solution
+from diffopt.solvers.settings import Settings
+
+OUTPUTS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "value")
+
+# Why an instance was not compared, a later reason prevailing over an earlier one; 0 is compared.
+_REASONS = ("", "active set changes within the step", "weakly active row", "dependent active rows", "not solved")
+MOVED, WEAK, DEPENDENT, FAILED = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the check found for one parameter and one output.
+
+    Attributes:
+        parameter, output: names; the two parts of a diagonal plus low rank Q are ``Q_diagonal``, ``Q_factor``.
+        worst_error: largest |analytic - numeric| / (1 + |numeric|) over directions and instances; 0 if
+            nothing was compared.
+        worst_instance: batch index of the worst one; ``None`` for a parameter that the batch shares
+            (its derivative is that of the sum over the batch) or if nothing was compared.
+        compared: instances compared along at least one direction.
+        skipped: instances compared along none, counted by reason: there the solution has, or may have, a
+            kink, or does not exist.
+    """
+
+    parameter: str
+    output: str
+    worst_error: float
+    worst_instance: tuple[int, ...] | None
+    compared: int
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """The result of `gradients`; print it for a table.
+
+    Attributes:
+        rows: one `Row` for each parameter and output.
+        tolerance, step: as used (the step is relative to the size of each parameter).
+        backend, executor: who solved.
+        ok: True if no error exceeds the tolerance and every row compared something (an empty batch has
+            nothing to compare and is ok).
+    """
+
+    rows: tuple[Row, ...]
+    tolerance: float
+    step: float
+    backend: str
+    executor: str
+
+    @property
+    def ok(self) -> bool:
+        """See the class."""
+        return all(self._verdict(row) == "ok" for row in self.rows)
+
+    def raise_if_failed(self) -> None:
+        """Raise `GradientCheckFailed`, with the table, unless `ok`."""
+        if self.ok:
+            return
+        wrong = [f"{r.output} by {r.parameter}" for r in self.rows if self._verdict(r) == "wrong"]
+        empty = [f"{r.output} by {r.parameter}" for r in self.rows if self._verdict(r) == "nothing compared"]
+        parts = [f"Derivatives that central differences do not confirm: {', '.join(wrong)}."] if wrong else []
+        if empty:
+            parts.append(
+                f"Nothing could be compared for: {', '.join(empty)}. Expected some instance away from kinks; "
+                f"take other values of the parameters, or a smaller `step`."
+            )
+        raise GradientCheckFailed(" ".join(parts) + f"\n{self}")
+
+    def _verdict(self, row: Row) -> str:
+        if row.compared == 0 and row.skipped:
+            return "nothing compared"
+        return "ok" if row.worst_error <= self.tolerance else "wrong"
+
+    def __str__(self) -> str:
+        heads = ("parameter", "output", "worst error", "compared", "skipped", "")
+        lines = [heads]
+        for row in self.rows:
+            where = f" at {row.worst_instance}" if row.worst_instance else ""
+            skipped = ", ".join(f"{count} ({reason})" for reason, count in row.skipped.items()) or "0"
+            error = f"{row.worst_error:.1e}" if row.compared else "-"
+            verdict = self._verdict(row)
+            lines.append(
+                (row.parameter, row.output, error, str(row.compared), skipped, verdict + where * (verdict == "wrong"))
+            )
+        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+        table = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return (
+            f"Gradients against central differences ({self.backend}/{self.executor}, "
+            f"step {self.step:.1e}, tolerance {self.tolerance:.1e}): {'ok' if self.ok else 'FAILED'}\n{table}"
+        )
+
+
+def gradients(
+    layer_or_problem: Layer | DifferentiableProblem,
+    params: Mapping[str, Any],
+    *,
+    backend: str | Backend | None = None,
+    settings: Settings | None = None,
+    outputs: Sequence[str] = ("x",),
+    directions: int = 3,
+    step: float | None = None,
+    tolerance: float = 1e-5,
+    seed: int = 0,
+) -> GradientReport:
+    r"""Compare derivatives of a solution with central differences of the solve.
+
+    For each output o, random cotangents v (one for each instance) and, for each parameter theta, random
+    directions d, reverse mode's <d sum(v'o)/d theta, d> is compared with
+
+        v' (o(theta + t d) - o(theta - t d)) / (2 t),
+
+    instance by instance where the parameter has batch dimensions, and for the whole batch where it is
+    shared. Entries of d are normal numbers times the largest finite magnitude in theta, so t is relative;
+    infinite entries (absent bounds) do not move. A Q moves symmetrically, and when it is so close to singular
+    that it could leave the positive semidefinite cone, by congruence: (I + tS) Q (I + tS)'.
+
+    Instances at or near a kink are left out and counted with the reason: those with weakly active or dependent
+    active rows, and those whose active set is not the same at both ends and in the middle. So are those
+    that are not solved.
+
+    Args:
+        layer_or_problem: a `diffopt.Layer` (its learned parameters are checked too) or a problem.
+        params: the given parameters by name, in float64.
+        backend, settings: as for `diffopt.solve`; those of the layer by default, ``"auto"`` for a problem.
+        outputs: some of x, s, lam, nu, lam_lower, lam_upper, value.
+        directions: how many for each parameter. Each costs two solves.
+        step: t above, dimensionless. Default: the cube root of the worst relative residual of the
+            solution, between 6e-6 (the cube root of the float64 eps) and 1e-2. Truncation errs by about
+            t^2 and the noise r of the solve by r/t; both are r^(2/3) at t = r^(1/3).
+        tolerance: largest accepted |analytic - numeric| / (1 + |numeric|).
+        seed: of cotangents and directions.
+
+    Returns:
+        A `GradientReport`: print it, read ``report.ok``, or call ``report.raise_if_failed()``.
+
+    Raises:
+        DtypeError: a parameter is not float64: differences would drown in rounding.
+        ParameterError: an unknown output, or nothing to differentiate.
+    """
+    if unknown := [name for name in outputs if name not in OUTPUTS]:
+        raise ParameterError(f"Unknown output {', '.join(map(repr, unknown))}. Expected some of {', '.join(OUTPUTS)}.")
+    layer = layer_or_problem if isinstance(layer_or_problem, Layer) else None
+    problem = layer_or_problem.problem if isinstance(layer_or_problem, Layer) else layer_or_problem
+    values = problem.collect(params, None if layer is None else _own(layer))
+    backend = backend or ("auto" if layer is None else layer.backend)
+    settings = layer.settings if settings is None and layer is not None else settings
+    leaves = _leaves(problem, values)
+    if not leaves:
+        raise ParameterError(
+            f"No parameter of {type(problem).__name__} is a floating tensor, so there is nothing to differentiate."
+        )
+    start = {leaf.name: leaf.tensor for leaf in leaves}
+    opened = _opened(problem)
+
+    def run(tensors: Mapping[str, Tensor]) -> tuple[Solution, Tensor]:
+        call = {name: _rebuilt(problem, name, values[name], tensors) for name in opened.given_names()}
+        solution = solve(opened, call, backend=backend, settings=settings, on_failure="return")
+        return solution, _active(opened.standard_form(opened.collect(call)), solution)
+
+    tracked = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+    base, pattern = run(tracked)
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = {name: _normal(getattr(base, name), generator) for name in outputs}
+    kinks = _kinks(base)
+    if step is None:
+        worst = base.residuals.worst()[kinks == 0]
+        noise = float(worst.max()) if worst.numel() else 0.0
+        step = min(max(noise, torch.finfo(torch.float64).eps) ** (1 / 3), 1e-2)
+
+    rows: list[Row] = []
+    for leaf in leaves:
+        records = {output: _Record(leaf, base) for output in outputs}
+        for _ in range(directions):
+            move = _mover(leaf, step, generator)
+            high, low = move(step), move(-step)
+            with torch.no_grad():
+                above, pattern_above = run(start | {leaf.name: high})
+                below, pattern_below = run(start | {leaf.name: low})
+            # Rounding moved the two ends a little: differentiate along what they really differ by.
+            direction = torch.where(leaf.tensor.isfinite(), (high - low) / (2 * step), 0.0)
+            same = ((pattern_above == pattern) & (pattern_below == pattern)).all(-1)
+            codes = torch.where(kinks == 0, torch.where(same, 0, MOVED), kinks)
+            codes = torch.where((kinks == 0) & ~(above.ok & below.ok), FAILED, codes)
+            for output, record in records.items():
+                cotangent = cotangents[output]
+                kept = (codes == 0).reshape(*codes.shape, *[1] * (cotangent.dim() - codes.dim()))
+                # An instance whose incoming gradient is exactly zero contributes nothing, whatever its state.
+                weights = torch.where(kept, cotangent, 0.0)
+                gradient = _pulled_back(getattr(base, output), weights, tracked[leaf.name])
+                change = (getattr(above, output) - getattr(below, output)) / (2 * step)
+                numeric = torch.where(kept, weights * change, 0.0)
+                record.add(codes, gradient * direction, numeric if output == "value" else numeric.sum(-1))
+        rows += [record.row(leaf.name, output) for output, record in records.items()]
+    return GradientReport(tuple(rows), tolerance, step, base.backend, base.executor)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One floating tensor of the parameters.
+
+    Attributes:
+        core: how many trailing dimensions belong to one instance; ``None`` where only the user's own
+            code knows: then it counts as shared, and sums over the batch are compared.
+        kind: "symmetric" and "diagonal" matrices stay positive semidefinite when they move; or "plain".
+    """
+
+    name: str
+    tensor: Tensor
+    core: int | None
+    kind: str
+
+    def batch_shape(self) -> torch.Size:
+        return torch.Size() if self.core is None else self.tensor.shape[: self.tensor.dim() - self.core]
+
+
+class _Record:
+    """Collects the comparisons of one parameter and one output over directions."""
+
+    def __init__(self, leaf: _Leaf, solution: Solution) -> None:
+        self.batch = leaf.batch_shape()
+        self.per_instance = leaf.core is not None and self.batch == solution.status.shape
+        self.codes = torch.full_like(solution.status, FAILED, dtype=torch.int64)
+        self.errors = solution.x.new_zeros(self.batch)
+
+    def add(self, codes: Tensor, products: Tensor, numeric: Tensor) -> None:
+        """Add one direction: its products with the gradient, entry by entry, and numeric ``(*batch,)``."""
+        core_dims = tuple(range(len(self.batch), products.dim()))
+        analytic = products.sum(core_dims) if core_dims else products
+        numeric = numeric.sum_to_size(self.batch)
+        error = (analytic - numeric).abs() / (1 + numeric.abs())
+        # NaN is an error too, and the largest of all; instances that were left out gave 0 to both sides.
+        self.errors = torch.maximum(self.errors, error.nan_to_num(nan=torch.inf).detach())
+        self.codes = torch.minimum(self.codes, codes)
+
+    def row(self, parameter: str, output: str) -> Row:
+        counts = Counter(self.codes.flatten().tolist())
+        compared = counts.pop(0, 0)
+        worst, where = 0.0, None
+        if compared and self.errors.numel():
+            worst = float(self.errors.max())
+            if self.per_instance:
+                index = torch.unravel_index(self.errors.argmax(), self.batch) if self.batch else ()
+                where = tuple(int(i) for i in index)
+        skipped = {_REASONS[code]: count for code, count in sorted(counts.items())}
+        return Row(parameter, output, worst, where, compared, skipped)
+
+
+def _own(layer: Layer) -> dict[str, Any]:
+    """Return the learned and fixed values of a layer by the names of the problem's parameters."""
+    own: dict[str, Any] = {}
+    for name, declared in layer.problem.declared.items():
+        pairs = zip(declared.part_names(name), declared.parts, strict=False)
+        parts = tuple(getattr(layer, part) if isinstance(value, Tensor) else value for part, value in pairs)
+        if parts:
+            own[name] = parts if len(parts) > 1 else parts[0]
+    return own
+
+
+def _opened(problem: DifferentiableProblem) -> DifferentiableProblem:
+    """Return a copy of the problem whose learned and fixed parameters are given at the call too."""
+    opened = copy.copy(problem)
+    opened.declared = {
+        name: declared if declared.kind == "absent" else replace(declared, kind="given", parts=())
+        for name, declared in problem.declared.items()
+    }
+    return opened
+
+
+def _leaves(problem: DifferentiableProblem, values: Mapping[str, Any]) -> list[_Leaf]:
+    """Return the floating tensors of the given and learned parameters."""
+    leaves = []
+    for name, value in values.items():
+        declared = problem.declared.get(name, Declared("given"))
+        if declared.kind == "fixed":
+            continue
+        for leaf_name, tensor, core, kind in _parts(problem, name, value):
+            if not tensor.is_floating_point():
+                continue
+            if tensor.dtype != torch.float64:
+                raise DtypeError(
+                    f"`{leaf_name}` has dtype {tensor.dtype}. Expected torch.float64: in a shorter one, differences "
+                    f"drown in rounding. Convert the parameters (`{name}.double()`) and a layer (`layer.double()`)."
+                )
+            leaves.append(_Leaf(leaf_name, tensor.detach(), core, kind))
+    return leaves
+
+
+def _parts(problem: DifferentiableProblem, name: str, value: Any) -> list[tuple[str, Tensor, int | None, str]]:
+    """Return (name, tensor, instance dimensions, kind) of each tensor that a value consists of."""
+    form = problem.declared[name].form if name in problem.declared else "dense"
+    if isinstance(value, SymmetricMatrix):
+        tensors, cores = value.tensors(), value.core_dims()
+        kinds = ["symmetric"] if cores == (2,) else ["diagonal", "plain"]
+    elif isinstance(value, tuple | list):
+        tensors, cores, kinds = tuple(value), (1, 2), ["diagonal", "plain"]
+    elif isinstance(value, Tensor):
+        tensors, cores, kinds = (value,), (_core_dims(problem, name, value, form),), ["plain"]
+        if form in ("diagonal", "scaled_identity"):
+            kinds = ["diagonal"]
+        elif name == "Q" and value.dim() >= 2 and value.shape[-1] == value.shape[-2]:
+            kinds = ["symmetric"]
+    else:
+        return []
+    names = [name] if len(tensors) == 1 else [f"{name}_diagonal", f"{name}_factor"]
+    return list(zip(names, tensors, cores, kinds, strict=False))
+
+
+def _core_dims(problem: DifferentiableProblem, name: str, value: Tensor, form: str) -> int | None:
+    if isinstance(problem, QPStructure):
+        dims = {"diagonal": 1, "scaled_identity": 0}.get(form, 2 if name in ("Q", "A", "G") else 1)
+        return min(dims, value.dim())  # a bound may be a single number
+    declared = {param.name: len(param.shape) for param in problem.params}
+    return declared.get(name)
+
+
+def _rebuilt(problem: DifferentiableProblem, name: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return a parameter's value with its tensors replaced by those of the same names."""
+    parts = [tensors.get(part, tensor) for part, tensor, _, _ in _parts(problem, name, value)]
+    if isinstance(value, SymmetricMatrix):
+        return value.with_tensors(*parts)
+    if isinstance(value, tuple | list):
+        return tuple(parts)
+    return parts[0] if parts else value
+
+
+def _mover(leaf: _Leaf, step: float, generator: torch.Generator) -> Callable[[float], Tensor]:
+    """Draw a direction; return the function that moves the tensor along it by t, |t| <= step."""
+    tensor = leaf.tensor
+    noise = _normal(tensor, generator)
+    finite = tensor.isfinite()
+    largest = float(torch.where(finite, tensor, 0.0).abs().max()) if tensor.numel() else 0.0
+    direction = torch.where(finite, noise, 0.0) * (largest or 1.0)
+    if tensor.numel() == 0:
+        return lambda t: tensor
+    if leaf.kind == "diagonal" and bool((tensor - step * direction.abs() < 0).any()):
+        return lambda t: tensor * (1 + t * noise)
+    if leaf.kind == "symmetric":
+        direction = 0.5 * (direction + direction.mT)
+        reach = step * torch.linalg.matrix_norm(direction, ord=2)
+        smallest = torch.linalg.eigvalsh(0.5 * (tensor + tensor.mT))[..., 0]
+        if bool((smallest < reach).any()):
+            eye = torch.eye(tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
+            return lambda t: (eye + t * noise) @ tensor @ (eye + t * noise).mT
+    return lambda t: tensor + t * direction
+
+
+def _kinks(solution: Solution) -> Tensor:
+    """Return a code of `_REASONS` for each instance."""
+    codes = torch.zeros(solution.status.shape, dtype=torch.int64, device=solution.status.device)
+    codes = torch.where(solution.dependent > 0, DEPENDENT, codes)
+    codes = torch.where(solution.weakly_active > 0, WEAK, codes)
+    return torch.where(solution.ok, codes, FAILED)
+
+
+def _active(form: Form, solution: Solution) -> Tensor:
+    """Return which rows, lower and upper bounds are active, ``(*batch, m + 2 n)``.
+
+    A constraint counts as active where its multiplier is larger than its slack, each relative to
+    the largest of its kind in the instance: multipliers to forces, slacks to x and s.
+    """
+    x, s, lam, nu, lam_lower, lam_upper = (
+        getattr(solution, name).detach() for name in ("x", "s", "lam", "nu", "lam_lower", "lam_upper")
+    )
+    with torch.no_grad():
+        lower = -torch.inf if form.lower is None else form.lower.detach()
+        upper = torch.inf if form.upper is None else form.upper.detach()
+        force = kkt.gradient(form, x).detach()
+    slack = torch.cat([s, x - lower, upper - x], -1)
+    dual = torch.cat([lam, lam_lower, lam_upper], -1)
+    sizes = [torch.where(slack.isfinite(), slack, 0.0), x]
+    length = max_abs(torch.cat(sizes, -1)).unsqueeze(-1)
+    forces = max_abs(torch.cat([dual, nu, force], -1)).unsqueeze(-1)
+    return dual * torch.where(length > 0, length, 1.0) > slack * torch.where(forces > 0, forces, 1.0)
+
+
+def _pulled_back(output: Tensor, cotangent: Tensor, tensor: Tensor) -> Tensor:
+    """Return the gradient of <cotangent, output>; zero where the output does not depend on the tensor."""
+    if not output.requires_grad:
+        return torch.zeros_like(tensor)
+    (gradient,) = torch.autograd.grad(
+        output, tensor, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return gradient
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    # Drawn on the CPU, so that the same seed means the same numbers on every device.
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)

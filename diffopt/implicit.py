@@ -1,0 +1,414 @@
+"""How a solution moves with its parameters: the only place of gradients, for all problem classes.
+
+At a solution w = (x, nu, lam, bound forces) the optimality conditions of its active set hold,
+F(w; theta) = 0. One Newton step w - K(theta)^-1 F(w; theta), K = dF/dw, does not move the
+value, and its derivative is that of the solution (the implicit function theorem). So the solution is
+attached to theta by that step: the step's value is known to be zero, and only its derivative is ever
+computed, by one solve with K. F and K are ordinary torch functions of theta, and the solve is closed
+under differentiation, so reverse and forward mode and higher derivatives follow. For a quadratic program
+the conditions are linear in w and one step is exact to every order; otherwise k steps are exact to
+order 2^k - 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from diffopt import kkt
+from diffopt.linalg.central import central_ratio
+from diffopt.linalg.matrices import SymmetricMatrix
+from diffopt.linalg.saddle import Blocks, Saddle, solve_minimum_norm
+from diffopt.problems.forms import Form, QPForm
+from diffopt.solution import Certificate, Residuals, Solution, Status
+
+NONLINEAR_STEPS = 2
+"""Newton steps by which a nonlinear problem is attached: derivatives are exact up to order 3."""
+
+
+class Found(NamedTuple):
+    """A solved batch, as a backend hands it over: detached values of the fields of `Solution`,
+    and optionally the factored KKT system of the final active set."""
+
+    point: kkt.Point
+    status: Tensor
+    residuals: Residuals
+    iterations: Tensor
+    certificate: Certificate | None
+    backend: str
+    executor: str
+    system: kkt.System | None
+
+
+def attach(form: Form, found: Found, kink_rule: str, weak_tolerance: float) -> Solution:
+    """Return the solution, attached to every tensor of ``form``.
+
+    Args:
+        form: the problem, attached to its parameters.
+        found: its solution, detached.
+        kink_rule, weak_tolerance: see `diffopt.Settings`.
+
+    Differentiable in:
+        every tensor of the form, in x, s, lam, nu, lam_lower, lam_upper and value. A failed instance
+        passes NaN to whatever asks for its derivative, and exactly zero where the incoming gradient is zero.
+    """
+    failed = (found.status != Status.SOLVED) & (found.status != Status.ALMOST_SOLVED)
+    with torch.no_grad():
+        plain = form.detach()
+        safe = _safe(form, found.point, failed)
+        saddle, scaling = (None, found.system.scaling) if found.system else kkt.assemble(plain, safe)
+        active = kkt.activity(plain, safe, scaling, weak_tolerance)
+        weakly_active = torch.where(failed, 0, active.weak_count())
+        active = _all_rows(active, failed)
+    attached = _needs_graph(form)
+    system = _KKT(form, found, active, kink_rule, failed, saddle, scaling)
+    point = _attached_point(form, system, safe, found.point) if attached else found.point
+
+    def value() -> Tensor:
+        # Computed on access, with the graph that the other fields have, wherever that is.
+        with torch.set_grad_enabled(attached):
+            return _value(form, plain, point, found.point, safe, failed, attached)
+
+    return Solution(
+        *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
+        status=found.status,
+        residuals=found.residuals,
+        iterations=found.iterations,
+        weakly_active=weakly_active,
+        dependent=torch.where(failed, -1, system.dependent()),
+        certificate=found.certificate,
+        backend=found.backend,
+        executor=found.executor,
+        _value=value,
+    )
+
+
+def _needs_graph(form: Form) -> bool:
+    tensors = form.tensors().values()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _safe(form: Form, point: kkt.Point, failed: Tensor) -> kkt.Point:
+    """Return the point with harmless values, all different, in failed instances: NaN times 0 is not 0."""
+
+    def filled(v: Tensor) -> Tensor:
+        filler = torch.linspace(0.7, 1.3, v.shape[-1], dtype=v.dtype, device=v.device)
+        return torch.where(failed.unsqueeze(-1), filler, v)
+
+    return kkt.Point(*(filled(v) for v in point))
+
+
+def _all_rows(active: kkt.Activity, failed: Tensor) -> kkt.Activity:
+    """Let every row of a failed instance take part, so that a tangent in any of its data is seen."""
+    bad = failed.unsqueeze(-1)
+    lower = active.lower | bad if active.lower.shape[-1] else active.lower
+    weak = (active.weak_row & ~bad, active.weak_lower & ~bad, active.weak_upper & ~bad)
+    return active._replace(
+        row=active.row | bad, lower=lower, upper=active.upper & ~bad,
+        weak_row=weak[0], weak_lower=weak[1], weak_upper=weak[2],
+    )  # fmt: skip
+
+
+def _attached_point(form: Form, system: _KKT, safe: kkt.Point, values: kkt.Point) -> kkt.Point:
+    active = system.active
+    w = Blocks(safe.x, safe.nu, safe.lam, kkt.bound_force(form, safe))
+    for _ in range(1 if isinstance(form, QPForm) else NONLINEAR_STEPS):
+        F = kkt.conditions(form, active, w, *system.ratios(form.dtype))
+        d = kkt.derivatives(form, w.x, w.row, w.eq)
+        data = (*d.hessian.tensors(), d.equality_jacobian, d.inequality_jacobian)
+        step = Blocks(*_Solve.apply(system.bind(d.hessian), True, False, *F, *data))
+        w = w.minus(step)
+    moved_lower, moved_upper = kkt.bound_duals(form, active, w.bound)
+    slack = _only_derivative(-form.inequalities(w.x))
+    slack = _Gate.apply(slack, system.failed)
+    return kkt.Point(
+        values.x + (w.x - safe.x),
+        values.s + slack,
+        values.nu + (w.eq - safe.nu),
+        values.lam + (w.row - safe.lam),
+        values.lam_lower + _only_derivative(moved_lower),
+        values.lam_upper + _only_derivative(moved_upper),
+    )
+
+
+def _only_derivative(v: Tensor) -> Tensor:
+    """Return zeros that carry the derivative of v; where v is infinite it has none."""
+    return torch.where(torch.isfinite(v), v - v.detach(), 0.0)
+
+
+def _value(
+    form: Form, plain: Form, point: kkt.Point, values: kkt.Point, safe: kkt.Point, failed: Tensor, attached: bool
+) -> Tensor:
+    """Return the optimal value. Its derivative is that of the Lagrangian, whose slope in x, lam, nu is 0."""
+    objective = plain.objective(values.x)
+    if not attached:
+        return objective
+    bad = failed.unsqueeze(-1)
+    x, _, nu, lam, lower, upper = (
+        torch.where(bad, a, b - (v - c)) for a, b, v, c in zip(safe, point, values, safe, strict=True)
+    )
+    g = form.inequalities(x)
+    total = form.objective(x) + (nu * form.equalities(x)).sum(-1)
+    total = total + torch.where(torch.isfinite(g), lam * g, 0.0).sum(-1)
+    for bound, dual, sign in ((form.lower, lower, -1), (form.upper, upper, 1)):
+        if bound is not None:
+            total = total + sign * torch.where(torch.isfinite(bound), dual * (x - bound), 0.0).sum(-1)
+    change = _Gate.apply(_only_derivative(total).unsqueeze(-1), failed).squeeze(-1)
+    return objective + change
+
+
+class _KKT:
+    """The KKT system of the active sets of a batch, in original units: factored when first needed.
+
+    ``kink_rule`` decides what weakly active rows do; see `diffopt.Settings`.
+    """
+
+    def __init__(
+        self, form: Form, found: Found, active: kkt.Activity, kink_rule: str, failed: Tensor,
+        saddle: Saddle | None, scaling: Any,
+    ) -> None:  # fmt: skip
+        self.failed, self.scaling, self.dtype = failed, scaling, form.dtype
+        self.prepared = found.system
+        self._saddle = saddle if found.system is None else found.system.factor.system
+        weak_any = bool(active.weak_count().any())
+        self.dense_rule = kink_rule == "minimum_norm" and weak_any
+        self.weak_row, self.weak_bound = active.weak_row, active.weak_lower | active.weak_upper
+        none_row, none_bound = torch.zeros_like(active.row), torch.zeros_like(active.lower)
+        strict = active
+        joins = weak_any and kink_rule != "inactive"
+        if joins:
+            active = active._replace(
+                row=active.row | active.weak_row,
+                lower=active.lower | active.weak_lower,
+                upper=active.upper | (active.weak_upper & ~(active.lower | active.weak_lower)),
+            )
+        self.active = active
+        # Rows that are equations of the system, and columns that are unknowns: they differ only
+        # under "minimum_norm", which leaves weakly active rows undecided.
+        self.equation_row = strict.row if self.dense_rule else active.row
+        self.equation_bound = _held(strict if self.dense_rule else active)
+        zero = torch.zeros((), dtype=torch.float64, device=form.device)
+        self.ratio_row, self.ratio_bound = zero.expand(none_row.shape), zero.expand(none_bound.shape)
+        self._scaled_ratios = (self.ratio_row, self.ratio_bound)
+        if joins and kink_rule == "central":
+            with torch.no_grad():
+                self._use_central(strict)
+        self._factor: Any = None
+        self._hessian: SymmetricMatrix | None = None
+
+    def _use_central(self, strict: kkt.Activity) -> None:
+        d, _, rows, cost = self.scaling
+        weak_bound = self.weak_bound & ~_held(strict) if self.weak_bound.shape[-1] else self.weak_bound
+        e_row, e_bound = central_ratio(self.saddle(), kkt.rows_of(strict), self.weak_row, weak_bound)
+        self._scaled_ratios = (e_row, e_bound)
+        self.ratio_row = e_row * cost / rows.square()
+        self.ratio_bound = e_bound * cost * d.square() if e_bound.shape[-1] else e_bound
+
+    def saddle(self) -> Saddle:
+        """Return the equilibrated saddle-point system of the data."""
+        assert self._saddle is not None
+        return self._saddle
+
+    def ratios(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the ratios s/lam of weakly active rows under the central rule, else zeros."""
+        return self.ratio_row.to(dtype), self.ratio_bound.to(dtype)
+
+    def factor(self) -> Any:
+        """Return the factored system; that of the backend where it has the same rows."""
+        if self._factor is None:
+            prepared = self.prepared
+            if prepared is not None and self._same_rows(prepared.active):
+                self._factor = prepared.factor
+            else:
+                rows = kkt.rows_of(self.active, *self._scaled_ratios)
+                self._factor = self.saddle().factor(rows)
+        return self._factor
+
+    def _same_rows(self, other: kkt.Activity) -> bool:
+        if bool((self._scaled_ratios[0] != 0).any()) or bool((self._scaled_ratios[1] != 0).any()):
+            return False
+        same = torch.equal(self.active.row, other.row)
+        return same and torch.equal(_held(self.active), _held(other))
+
+    def dependent(self) -> Tensor:
+        """Return the number of dependent active rows of each instance."""
+        with torch.no_grad():
+            return self.factor().dependent().expand(self.failed.shape)
+
+    def bind(self, hessian: SymmetricMatrix) -> _Bound:
+        """Return the operator with the structure of ``hessian`` for K's data."""
+        return _Bound(self, hessian)
+
+    def solve(self, r: Blocks, transpose: bool) -> Blocks:
+        """Return K^-1 r (or K'^-1 r): zero where r is zero, NaN where a failed instance has r != 0."""
+        asked = torch.stack([(v != 0).any(-1) for v in r if v.shape[-1]]).any(0)
+        bad = self.failed.unsqueeze(-1)
+        # NaN that comes in goes out, and must not meet a factor that neighbours share.
+        poisoned = ~torch.stack([torch.isfinite(v).all(-1) for v in r if v.shape[-1]]).all(0) & asked
+        skip = bad | poisoned.unsqueeze(-1)
+        clean = Blocks(*(torch.where(skip, 0.0, v.double()) for v in r))
+        if self.dense_rule:
+            u = self._solve_dense(clean, transpose)
+        else:
+            scaled = kkt.to_scaled(clean, self.scaling)
+            u = kkt.to_original(solve_minimum_norm(self.factor(), scaled)[0], self.scaling)
+        spoiled = ((self.failed & asked) | poisoned).unsqueeze(-1)
+        return Blocks(*(torch.where(spoiled, torch.nan, v).to(self.dtype) for v in u))
+
+    def _solve_dense(self, r: Blocks, transpose: bool) -> Blocks:
+        """Return the minimum-norm solution in original units, by a pseudo-inverse of all of K."""
+        matrix = self._dense()
+        sizes = [v.shape[-1] for v in r]
+        right = torch.cat([v.expand(*self.failed.shape, v.shape[-1]) for v in r], -1).unsqueeze(-1)
+        inverse = torch.linalg.pinv(matrix.mT if transpose else matrix, rtol=1e-11)
+        return Blocks(*(inverse @ right).squeeze(-1).split(sizes, -1))
+
+    def _dense(self) -> Tensor:
+        """Return K as ``(*batch, N, N)`` in original units, one column per unknown."""
+        saddle = self.saddle()
+        d, eq, rows, cost = self.scaling
+        n, p = saddle.Q.n, saddle.A.shape[-2]
+        m, k = self.active.row.shape[-1], self.active.lower.shape[-1]
+        shape = self.failed.shape
+        column = torch.cat([v.expand(*shape, v.shape[-1]) for v in (1 / d, cost / eq, cost / rows)], -1)
+        row = torch.cat([v.expand(*shape, v.shape[-1]) for v in (1 / (cost * d), 1 / eq, 1 / rows)], -1)
+        K = torch.zeros(*shape, n + p + m + k, n + p + m + k, dtype=torch.float64, device=d.device)
+        K[..., :n, :n] = saddle.Q.dense()
+        K[..., :n, n : n + p], K[..., n : n + p, :n] = saddle.A.mT, saddle.A
+        K[..., :n, n + p : n + p + m], K[..., n + p : n + p + m, :n] = saddle.G.mT, saddle.G
+        K[..., : n + p + m, : n + p + m] *= row.unsqueeze(-1) * column.unsqueeze(-2)
+        eye = torch.eye(n, dtype=K.dtype, device=K.device)[:, :k]
+        K[..., :n, n + p + m :], K[..., n + p + m :, :n] = eye, eye.mT
+        equation = torch.cat([torch.ones_like(column[..., : n + p]), self.equation_row, self.equation_bound], -1)
+        unknown = torch.cat([torch.ones_like(column[..., : n + p]), self.active.row, _held(self.active)], -1)
+        return K * equation.unsqueeze(-1) * unknown.unsqueeze(-2)
+
+
+def _held(active: kkt.Activity) -> Tensor:
+    return active.lower | active.upper | active.fixed
+
+
+class _Bound(NamedTuple):
+    """A `_KKT` with the structure in which K's tensors come."""
+
+    system: _KKT
+    hessian: SymmetricMatrix
+
+
+class _Solve(torch.autograd.Function):
+    """u = K^-1 r (or the transpose), differentiable in r and in K's data, to any order.
+
+    du = K^-1 (dr - dK u). Inputs: the operator; whether r is known to be zero (then u is zero, and
+    only its derivatives matter); transpose; the blocks of r; K's data (Q's tensors, A, G).
+    """
+
+    @staticmethod
+    def forward(op: _Bound, zero: bool, transpose: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        r = Blocks(*tensors[:4])
+        if zero:
+            return tuple(torch.zeros_like(v) for v in r)
+        return tuple(op.system.solve(r, transpose))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.op, ctx.zero, ctx.transpose = inputs[0], inputs[1], inputs[2]
+        data = inputs[7:]
+        ctx.count = len(data)
+        ctx.save_for_backward(*data, *output)
+        ctx.save_for_forward(*data, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        op: _Bound = ctx.op
+        data, u = ctx.saved_tensors[: ctx.count], Blocks(*ctx.saved_tensors[ctx.count :])
+        y = Blocks(*_Solve.apply(op, False, not ctx.transpose, *grads, *data))
+        if ctx.zero and not torch.is_grad_enabled():
+            # A step that is zero has a first derivative that does not see K's own change.
+            return (None, None, None, *y, *([None] * ctx.count))
+        return (None, None, None, *y, *_data_gradients(op, data, y, u, ctx.transpose))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        op: _Bound = ctx.op
+        saved = ctx.saved_tensors
+        data, u = saved[: ctx.count], Blocks(*saved[ctx.count :])
+        r = [v if t is None else t for v, t in zip((torch.zeros_like(v) for v in u), tangents[3:7], strict=True)]
+        change = _matrix_tangent(op, data, tangents[7:], u, ctx.transpose)
+        right = Blocks(*r).minus(change)
+        return _Solve.apply(op, False, ctx.transpose, *right, *data)
+
+
+def _masks(op: _Bound, transpose: bool) -> tuple[Tensor, Tensor]:
+    """Return which inequality rows are equations, and which multipliers are unknowns."""
+    equation, unknown = op.system.equation_row, op.system.active.row
+    return (unknown, equation) if transpose else (equation, unknown)
+
+
+def _data_gradients(
+    op: _Bound, data: tuple[Tensor, ...], y: Blocks, u: Blocks, transpose: bool
+) -> tuple[Tensor | None, ...]:
+    """Return the gradient of -y'Ku with respect to K's data."""
+    *parts, A, G = data
+    Q = op.hessian.with_tensors(*parts)
+    equation, unknown = _masks(op, transpose)
+    y_row, u_row = torch.where(equation, y.row, 0.0), torch.where(unknown, u.row, 0.0)
+    gradients = [*Q.pairing_gradient(y.x, u.x)]
+    gradients.append(_outer(y.eq, u.x) + _outer(u.eq, y.x))
+    gradients.append(_outer(y_row, u.x) + _outer(u_row, y.x))
+    return tuple(-g.sum_to_size(t.shape) for g, t in zip(gradients, data, strict=True))
+
+
+def _matrix_tangent(
+    op: _Bound, data: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...], u: Blocks, transpose: bool
+) -> Blocks:
+    """Return dK u for tangents of K's data."""
+    *parts, A, G = data
+    *d_parts, dA, dG = tangents
+    equation, unknown = _masks(op, transpose)
+    x = op.hessian.with_tensors(*parts).tangent_matvec(tuple(d_parts), u.x)
+    x = torch.zeros_like(u.x) if x is None else x
+    eq, row = torch.zeros_like(u.eq), torch.zeros_like(u.row)
+    if dA is not None:
+        x, eq = x + kkt.rmatvec(dA, u.eq), kkt.matvec(dA, u.x)
+    if dG is not None:
+        x = x + kkt.rmatvec(dG, torch.where(unknown, u.row, 0.0))
+        row = torch.where(equation, kkt.matvec(dG, u.x), 0.0)
+    return Blocks(x, eq, row, torch.zeros_like(u.bound))
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a.unsqueeze(-1) * b.unsqueeze(-2)
+
+
+class _Gate(torch.autograd.Function):
+    """The identity, but a failed instance turns an incoming derivative that is not zero into NaN."""
+
+    @staticmethod
+    def forward(v: Tensor, failed: Tensor) -> Tensor:
+        return v.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (failed,) = ctx.saved_tensors
+        return _gated(grad, failed), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (failed,) = ctx.saved_tensors
+        return _gated(tangent, failed)
+
+
+def _gated(v: Tensor, failed: Tensor) -> Tensor:
+    return torch.where((failed & (v != 0).any(-1)).unsqueeze(-1), torch.nan, v)
+
+

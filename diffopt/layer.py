@@ -1,0 +1,233 @@
+"""What users call: a problem, a backend and a gradient put together."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from diffopt import implicit
+from diffopt.backends.base import Backend
+from diffopt.backends.registry import choose, get
+from diffopt.errors import InaccurateSolutionWarning, ParameterError, SettingsError, SolveFailed
+from diffopt.linalg.matrices import SymmetricMatrix
+from diffopt.problems.base import DifferentiableProblem, Params
+from diffopt.problems.forms import Form, QPForm
+from diffopt.solution import REMEDIES, Solution, Status
+from diffopt.solvers.settings import Settings
+
+OnFailure = Literal["raise", "return"]
+MOST_NAMED = 8
+
+
+class Layer(nn.Module):
+    """An optimization problem as a module: parameters in, solution out, gradients to everything.
+
+    Learned values of the problem become ``nn.Parameter``, fixed ones buffers, as copies: two
+    layers of one problem share nothing. The others are given at each call, by name.
+
+    Args:
+        problem: a `DifferentiableProblem`.
+        backend: ``"auto"``, a name in ``diffopt.backends.names()``, or a backend instance.
+        settings: see `Settings`.
+        on_failure: ``"raise"`` (default) raises `SolveFailed` when any instance is not solved;
+            ``"return"`` returns all of them, and ``solve(...).ok`` says which to use.
+
+    Raises:
+        UnknownBackend, BackendNotInstalled: at construction.
+    """
+
+    def __init__(
+        self,
+        problem: DifferentiableProblem,
+        backend: str | Backend = "auto",
+        settings: Settings | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        super().__init__()
+        if not isinstance(problem, DifferentiableProblem):
+            raise ParameterError(
+                f"`problem` is {type(problem).__name__}. Expected a diffopt.DifferentiableProblem, for "
+                f"example diffopt.QPStructure(n=...)."
+            )
+        self.problem = problem
+        self.backend = _checked_backend(backend)
+        self.settings = _checked_settings(settings)
+        self.on_failure = _checked_policy(on_failure)
+        self._parts: dict[str, tuple[str | float, ...]] = {}
+        for name, declared in problem.declared.items():
+            kept: list[str | float] = []
+            for part_name, part in zip(declared.part_names(name), declared.parts, strict=False):
+                if not isinstance(part, Tensor):
+                    kept.append(part)
+                    continue
+                copy = part.detach().clone()
+                if declared.kind == "learned":
+                    self.register_parameter(part_name, nn.Parameter(copy))
+                else:
+                    self.register_buffer(part_name, copy)
+                kept.append(part_name)
+            if kept:
+                self._parts[name] = tuple(kept)
+
+    def forward(self, **given: Any) -> Tensor:
+        """Return the minimiser x, ``(*batch, n)``. Arguments, errors, derivatives as in `solve`."""
+        return self.solve(**given).x
+
+    def solve(self, **given: Any) -> Solution:
+        """Solve for the given parameter values and return the whole `Solution`.
+
+        Args:
+            given: the parameters that the problem does not declare learned or fixed, by name;
+                batch dimensions lead and broadcast, a tensor without them is shared.
+
+        Raises:
+            ParameterError, ShapeError, DtypeError, DeviceError: bad input, before anything is solved.
+            BackendUnsupported: no backend, or not the named one, takes the problem.
+            SolveFailed: an instance was not solved and ``on_failure="raise"``.
+
+        Differentiable in:
+            every given and learned tensor.
+        """
+        own = {name: self._own(parts) for name, parts in self._parts.items()}
+        params = self.problem.collect(given, own)
+        return _solve_form(self.problem.standard_form(params), self.backend, self.settings, self.on_failure)
+
+    def _own(self, parts: tuple[str | float, ...]) -> Any:
+        values = tuple(getattr(self, part) if isinstance(part, str) else part for part in parts)
+        return values if len(values) > 1 else values[0]
+
+    def extra_repr(self) -> str:
+        backend = self.backend if isinstance(self.backend, str) else self.backend.name
+        return f"{type(self.problem).__name__}, backend={backend!r}, on_failure={self.on_failure!r}"
+
+
+def solve(
+    problem: DifferentiableProblem,
+    params: Params | None = None,
+    *,
+    backend: str | Backend = "auto",
+    settings: Settings | None = None,
+    on_failure: OnFailure = "raise",
+) -> Solution:
+    """Solve a batch of problems of any class.
+
+    Args:
+        problem: the problem class; its learned and fixed values are those of its declarations.
+        params: the other parameter values, by name.
+        backend, settings, on_failure: as in `Layer`.
+
+    Returns, raises, differentiable in: as `Layer.solve`.
+    """
+    form = problem.standard_form(problem.collect(params or {}))
+    return _solve_form(form, _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure))
+
+
+def solve_qp(
+    Q: Tensor | SymmetricMatrix | None,
+    q: Tensor,
+    A: Tensor | None = None,
+    b: Tensor | float | None = None,
+    G: Tensor | None = None,
+    h: Tensor | float | None = None,
+    lower: Tensor | float | None = None,
+    upper: Tensor | float | None = None,
+    *,
+    backend: str | Backend = "auto",
+    settings: Settings | None = None,
+    on_failure: OnFailure = "raise",
+) -> Solution:
+    r"""Solve a batch of quadratic programs.
+
+    minimise 1/2 x'Qx + q'x subject to Ax = b, Gx <= h, lower <= x <= upper.
+
+    Args:
+        Q, q, A, b, G, h, lower, upper: as in `QPForm`; Q = ``None`` is a linear program.
+        backend, settings, on_failure: as in `Layer`.
+
+    Returns:
+        :class:`Solution`, with the signs stated there.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ParameterError, BackendError, SolveFailed: as `Layer.solve`.
+
+    Differentiable in:
+        every tensor given; Q's gradient is symmetric. Where a constraint is weakly active the
+        derivative follows ``settings.kink_rule``.
+
+    References:
+        Amos and Kolter (2017), "OptNet", equations 6 to 8 (dG there has a factor D(lam) too many).
+    """
+    form = QPForm(Q, q, A, b, G, h, lower, upper)
+    return _solve_form(form, _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure))
+
+
+def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
+    solver = choose(backend, form)
+    found = solver.solve(form.detach(), settings)
+    solution = implicit.attach(
+        form, implicit.Found(*found), settings.kink_rule, settings.weak_tolerance_for(form.dtype)
+    )
+    _report(solution, on_failure)
+    return solution
+
+
+def _report(solution: Solution, on_failure: OnFailure) -> None:
+    """Warn of almost solved instances, and raise for failed ones if so asked."""
+    if bool((solution.status == Status.SOLVED).all()):
+        return
+    almost = (solution.status == Status.ALMOST_SOLVED).nonzero().tolist()
+    failed = (~solution.ok).nonzero().tolist()
+    if failed and on_failure == "raise":
+        raise SolveFailed(_failure_message(solution, failed), solution)
+    if almost:
+        worst = solution.residuals.worst()[solution.status == Status.ALMOST_SOLVED].max()
+        warnings.warn(
+            f"{len(almost)} of {solution.status.numel()} instances are only almost solved (worst relative residual "
+            f"{float(worst):.1e}; first at batch index {_index(almost[0])}). Loosen `Settings.tolerance` to accept "
+            f"them, or use a backend of higher accuracy.",
+            InaccurateSolutionWarning,
+            stacklevel=4,
+        )
+
+
+def _failure_message(solution: Solution, failed: list[list[int]]) -> str:
+    lines = [f"{len(failed)} of {solution.status.numel()} instances were not solved by {solution.backend!r}:"]
+    seen: list[Status] = []
+    for index in failed[:MOST_NAMED]:
+        status = Status(int(solution.status[tuple(index)]))
+        seen.append(status)
+        lines.append(f"  batch index {_index(index)}: {status.name}")
+    if len(failed) > MOST_NAMED:
+        lines.append(f"  and {len(failed) - MOST_NAMED} more")
+    lines += [f"{status.name}: {REMEDIES[status]}." for status in dict.fromkeys(seen)]
+    lines.append(
+        "Pass on_failure='return' to get every instance with its status, and use those where `solution.ok` holds."
+    )
+    return "\n".join(lines)
+
+
+def _index(index: list[int]) -> str:
+    return f"[{', '.join(map(str, index))}]" if index else "() (the only instance)"
+
+
+def _checked_backend(backend: str | Backend) -> str | Backend:
+    if not (isinstance(backend, str) and backend == "auto"):
+        get(backend)
+    return backend
+
+
+def _checked_settings(settings: Settings | None) -> Settings:
+    if settings is not None and not isinstance(settings, Settings):
+        raise SettingsError(
+            f"`settings` is {type(settings).__name__}. Expected diffopt.Settings(...), for example "
+            f"diffopt.Settings(tolerance=1e-8)."
+        )
+    return Settings() if settings is None else settings
+
+
+def _checked_policy(on_failure: str) -> OnFailure:
+    if on_failure not in ("raise", "return"):
+        raise SettingsError(f"`on_failure` = {on_failure!r} is unknown. Expected 'raise' or 'return'.")
+    return on_failure  # type: ignore[return-value]

@@ -1,0 +1,380 @@
+"""The saddle-point system of every Newton step and every derivative, and its three reductions.
+
+For rows that take part ("in"), with e >= 0 their complementarity ratio (s/lam in an interior-point
+step, 0 for an active row of a final active set), the system K u = r is
+
+    Q x + A' eq + G' row + bound = r_x          stationarity
+    A x                          = r_eq         equalities
+    G x - e_row * row            = r_row        general inequalities that take part; row = 0 for others
+    x - e_bound * bound          = r_bound      bounds, one combined force per variable, likewise
+
+Each reduction factors K + R, R = diag(rho, -delta): a regularised system of smaller size. R is a
+preconditioner only: `Factor.solve` refines on the residual of the unreduced K.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt.linalg.cholesky import cholesky, cholesky_solve, lower_solve, pivots, upper_solve_vector
+from diffopt.linalg.matrices import DiagonalPlusLowRank, SymmetricMatrix
+from diffopt.shapes import matvec, max_abs, rmatvec
+
+
+class Blocks(NamedTuple):
+    """A vector of the saddle-point system: x ``(*batch, n)``, eq ``(*batch, p)``, row
+    ``(*batch, m)``, bound ``(*batch, n)`` or ``(*batch, 0)`` when the problem has no bounds."""
+
+    x: Tensor
+    eq: Tensor
+    row: Tensor
+    bound: Tensor
+
+    def plus(self, other: Blocks) -> Blocks:
+        return Blocks(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def minus(self, other: Blocks) -> Blocks:
+        return Blocks(*(a - b for a, b in zip(self, other, strict=True)))
+
+    def where(self, mask: Tensor, other: Blocks) -> Blocks:
+        """Return self where ``mask`` ``(*batch,)`` holds, else other."""
+        mask = mask.unsqueeze(-1)
+        return Blocks(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
+
+    def max_abs(self) -> Tensor:
+        """Return the largest magnitude of each instance, ``(*batch,)``."""
+        return torch.stack(torch.broadcast_tensors(*(max_abs(v) for v in self))).amax(0)
+
+
+class Rows(NamedTuple):
+    """Which inequality rows take part, and their ratios e: see the module. Masks are boolean."""
+
+    row_in: Tensor
+    row_e: Tensor
+    bound_in: Tensor
+    bound_e: Tensor
+
+
+class Shift(NamedTuple):
+    """The regularisation R: ``rho`` a number for x; delta for eq, row and bound, tensors that broadcast."""
+
+    rho: float
+    eq: Tensor
+    row: Tensor
+    bound: Tensor
+
+
+class Saddle:
+    """The data of the system and the work that does not depend on which rows take part.
+
+    Args:
+        Q, A, G: data; a tensor without batch dimensions is shared, and factored once.
+        reduction: ``"dual"`` eliminates x by a factor of Q (positive definite) and the equalities
+            once, and factors a matrix of one row per inequality and bound each time;
+            ``"diagonal"`` (Q diagonal, or diagonal plus low rank, positive) eliminates x and the
+            bounds and factors one row per equality, inequality and rank; ``"primal"`` factors an
+            n x n matrix and takes any positive semidefinite Q.
+        shift: R.
+
+    Attributes:
+        failed: ``(*batch,)`` True where the once-only work broke down (Q not positive definite).
+    """
+
+    def __init__(self, Q: SymmetricMatrix, A: Tensor, G: Tensor, reduction: str, shift: Shift) -> None:
+        self.Q, self.A, self.G, self.reduction, self.shift = Q, A, G, reduction, shift
+        self.failed = torch.zeros((), dtype=torch.bool, device=A.device)
+        if reduction == "dual":
+            self._prepare_dual()
+
+    def _prepare_dual(self) -> None:
+        self.L, self.failed = cholesky(self.Q.dense())
+        eye = torch.eye(self.Q.n, dtype=self.A.dtype, device=self.A.device)
+        self.V_eq = lower_solve(self.L, self.A.mT)
+        self.V_row = lower_solve(self.L, self.G.mT)
+        self.V_bound = torch.linalg.solve_triangular(self.L, eye, upper=False)
+        self.S_eq, failed = cholesky(self.V_eq.mT @ self.V_eq + torch.diag_embed(self.shift.eq))
+        self.failed = self.failed | failed
+        self._cache: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def dual_blocks(self, with_bounds: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return V = L^-1 C' for C = [G; I], its product with the equalities, and the reduced C Q^-1 C'."""
+        if with_bounds not in self._cache:
+            V = self.V_row
+            if with_bounds:
+                V = torch.cat(_same_batch(V, self.V_bound), -1)
+            cross = self.V_eq.mT @ V
+            P = V.mT @ V
+            if cross.shape[-2]:
+                half = lower_solve(self.S_eq, cross)
+                P = P - half.mT @ half
+            self._cache[with_bounds] = V, cross, P
+        return self._cache[with_bounds]
+
+    def factor(self, rows: Rows) -> Factor:
+        """Factor the system for the rows that take part."""
+        return {"dual": _Dual, "diagonal": _Diagonal, "primal": _Primal}[self.reduction](self, rows)
+
+
+class Factor:
+    """A factored system. Subclasses write the reduced solve `raw` and the count of `dependent` rows."""
+
+    failed: Tensor
+
+    def __init__(self, system: Saddle, rows: Rows) -> None:
+        self.system, self.rows = system, rows
+        shift = system.shift
+        zero = torch.zeros((), dtype=rows.row_e.dtype, device=rows.row_e.device)
+        self.row_weight = torch.where(rows.row_in, 1 / (rows.row_e + shift.row), zero)
+        self.bound_weight = zero.expand(rows.bound_in.shape)
+        if self.bound_weight.shape[-1]:
+            self.bound_weight = torch.where(rows.bound_in, 1 / (rows.bound_e + shift.bound), zero)
+        self._factor()
+
+    def _factor(self) -> None:
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def raw(self, r: Blocks) -> Blocks:
+        """Solve (K + R) u = r, to the rounding error of the reduction."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def dependent(self) -> Tensor:
+        """Return how many rows (equalities too) depend on the others, estimated from the pivots."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def apply(self, u: Blocks) -> Blocks:
+        """Return K u."""
+        s, rows = self.system, self.rows
+        x = s.Q.matvec(u.x) + rmatvec(s.A, u.eq) + rmatvec(s.G, u.row)
+        if u.bound.shape[-1]:
+            x = x + u.bound
+            bound = torch.where(rows.bound_in, u.x - rows.bound_e * u.bound, 0.0)
+        else:
+            bound = u.bound
+        row = torch.where(rows.row_in, matvec(s.G, u.x) - rows.row_e * u.row, 0.0)
+        return Blocks(x, matvec(s.A, u.x), row, bound)
+
+    def mask(self, r: Blocks) -> Blocks:
+        """Return r with zeros in the rows that take no part."""
+        row = torch.where(self.rows.row_in, r.row, 0.0)
+        bound = torch.where(self.rows.bound_in, r.bound, 0.0) if r.bound.shape[-1] else r.bound
+        return Blocks(r.x, r.eq, row, bound)
+
+    def shifted(self, u: Blocks) -> Blocks:
+        """Return R u."""
+        shift = self.system.shift
+        bound = -shift.bound * u.bound if u.bound.shape[-1] else u.bound
+        return self.mask(Blocks(shift.rho * u.x, -shift.eq * u.eq, -shift.row * u.row, bound))
+
+    def solve(self, r: Blocks, refinements: int = 1) -> Blocks:
+        """Solve K u = r with a fixed number of refinements; for Newton steps."""
+        r = self.mask(r)
+        u = self.raw(r)
+        for _ in range(refinements):
+            u = u.plus(self.raw(r.minus(self.apply(u))))
+        return u
+
+    def solve_accurately(self, r: Blocks, most: int = 8) -> tuple[Blocks, Tensor]:
+        """Solve K u = r, refined until the residual no longer falls; for polish and derivatives.
+
+        Returns:
+            u, and its residual relative to |r|, ``(*batch,)``: large where K is singular and r is
+            not in its range.
+        """
+        r = self.mask(r)
+        size = r.max_abs()
+        floor = 4 * torch.finfo(r.x.dtype).eps
+        best = self.raw(r)
+        residual = r.minus(self.apply(best))
+        error = residual.max_abs()
+        for _ in range(most):
+            u = best.plus(self.raw(residual))
+            again = r.minus(self.apply(u))
+            worse = again.max_abs()
+            better = worse < error
+            best, residual = u.where(better, best), again.where(better, residual)
+            gain = torch.where(better, worse / error, 1.0)
+            error = torch.where(better, worse, error)
+            # Where the residual is already rounding error, or hardly falls any more, stop.
+            if bool(((error <= floor * (size + best.max_abs())) | (gain > 0.5)).all()):
+                break
+        return best, torch.where(size > 0, error / torch.where(size > 0, size, 1.0), 0.0)
+
+    def null_part(self, u: Blocks, rounds: int = 3) -> Blocks:
+        """Return the part of u in the null space of K: (K + R)^-1 R keeps it and shrinks the rest."""
+        for _ in range(rounds):
+            u = self.raw(self.shifted(u))
+        return u
+
+    def inconsistent_part(self, r: Blocks, rounds: int = 3) -> Blocks:
+        """Return the part of r outside the range of K: R (K + R)^-1 keeps it and shrinks the rest."""
+        r = self.mask(r)
+        for _ in range(rounds):
+            r = self.shifted(self.raw(r))
+        return r
+
+
+def solve_minimum_norm(factor: Factor, r: Blocks) -> tuple[Blocks, Tensor]:
+    """Return the minimum-norm least-squares solution of K u = r, and its relative residual.
+
+    Where the rows are independent this is the solution. Where they are not, the part of r that no
+    u can meet is dropped, and so is the part of u that meets nothing. The norm weighs the entries
+    by `Shift`: callers choose it so that lengths are those of the original units.
+    """
+    dependent = factor.dependent() > 0
+    if not bool(dependent.any()):
+        return factor.solve_accurately(r)
+    r = factor.mask(r)
+    outside = factor.inconsistent_part(r)
+    zero = Blocks(*(torch.zeros_like(v) for v in outside))
+    u, residual = factor.solve_accurately(r.minus(outside.where(dependent, zero)))
+    return u.minus(factor.null_part(u).where(dependent, zero)), residual
+
+
+class _Dual(Factor):
+    """Reduce to one row per inequality and bound: S = W^1/2 C Q^-1 C' W^1/2 + I, equalities out."""
+
+    def _factor(self) -> None:
+        system = self.system
+        self.with_bounds = bool(self.rows.bound_in.shape[-1])
+        self.V, self.cross, P = system.dual_blocks(self.with_bounds)
+        weight = self.row_weight
+        if self.with_bounds:
+            weight = torch.cat(_same_batch_vectors(weight, self.bound_weight), -1)
+        self.root = weight.sqrt()
+        S = self.root.unsqueeze(-1) * P * self.root.unsqueeze(-2)
+        S.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        self.S, failed = cholesky(S)
+        self.failed = failed | system.failed
+
+    def raw(self, r: Blocks) -> Blocks:
+        system, m = self.system, r.row.shape[-1]
+        t = lower_solve(system.L, r.x.unsqueeze(-1)).squeeze(-1)
+        right = torch.cat(_same_batch_vectors(r.row, r.bound), -1) if self.with_bounds else r.row
+        g_eq = rmatvec(system.V_eq, t) - r.eq
+        g = rmatvec(self.V, t) - right - rmatvec(self.cross, cholesky_solve(system.S_eq, g_eq))
+        y = self.root * cholesky_solve(self.S, self.root * g)
+        eq = cholesky_solve(system.S_eq, g_eq - matvec(self.cross, y))
+        x = upper_solve_vector(system.L, t - matvec(system.V_eq, eq) - matvec(self.V, y))
+        return Blocks(x, eq, y[..., :m], y[..., m:])
+
+    def dependent(self) -> Tensor:
+        # With weights 1/delta an independent row's pivot is P/delta, a dependent one's is about 1.
+        small = _pivot_floor(self.S.dtype)
+        inside = self.root > 0
+        delta = 1 / torch.where(inside, self.root.square(), 1.0)
+        rows = (inside & (pivots(self.S) * delta < small)).sum(-1)
+        return rows + (pivots(self.system.S_eq) < small).sum(-1)
+
+
+class _Diagonal(Factor):
+    """Reduce to B = [A; W^1/2 G; U']: S = B (D + W_b)^-1 B' + E, one row per equality, inequality, rank."""
+
+    def _factor(self) -> None:
+        system = self.system
+        Q = system.Q
+        diagonal = Q.tensors()[0]
+        self.H = diagonal + self.bound_weight if self.bound_weight.shape[-1] else diagonal
+        self.root = self.row_weight.sqrt()
+        blocks = [system.A]
+        shifts = [system.shift.eq]
+        if system.G.shape[-2]:
+            blocks.append(self.root.unsqueeze(-1) * system.G)
+            shifts.append(torch.ones_like(self.root))
+        if isinstance(Q, DiagonalPlusLowRank):
+            blocks.append(Q.factor.mT)
+            shifts.append(Q.factor.new_ones(Q.factor.shape[-1]))
+        self.sizes = [block.shape[-2] for block in blocks]
+        self.B = torch.cat(_same_batch(*blocks), -2) if len(blocks) > 1 else blocks[0]
+        self.E = torch.cat(_same_batch_vectors(*shifts), -1) if len(shifts) > 1 else shifts[0]
+        half = self.B * self.H.rsqrt().unsqueeze(-2)
+        S = half @ half.mT + torch.diag_embed(self.E)
+        self.S, failed = cholesky(S)
+        self.failed = failed | ~(self.H > 0).all(-1)
+
+    def raw(self, r: Blocks) -> Blocks:
+        system = self.system
+        rx = r.x
+        if r.bound.shape[-1]:
+            rx = rx + self.bound_weight * r.bound
+        parts = [r.eq]
+        if system.G.shape[-2]:
+            parts.append(self.root * r.row)
+        if isinstance(system.Q, DiagonalPlusLowRank):
+            parts.append(rx.new_zeros(*rx.shape[:-1], self.sizes[-1]))
+        right = torch.cat(_same_batch_vectors(*parts), -1) if len(parts) > 1 else parts[0]
+        y = cholesky_solve(self.S, matvec(self.B, rx / self.H) - right)
+        pull = rmatvec(self.B, y)
+        x = (rx - pull) / self.H
+        pieces = y.split(self.sizes, -1)
+        row = self.root * pieces[1] if system.G.shape[-2] else r.row
+        if not r.bound.shape[-1]:
+            return Blocks(x, pieces[0], row, r.bound)
+        # A stiff bound's force comes from stationarity; weight * (x - r) would cancel.
+        diagonal = system.Q.tensors()[0]
+        stiff = self.bound_weight > diagonal
+        bound = torch.where(stiff, r.x - diagonal * x - pull, self.bound_weight * (x - r.bound))
+        return Blocks(x, pieces[0], row, torch.where(self.rows.bound_in, bound, 0.0))
+
+    def dependent(self) -> Tensor:
+        small = _pivot_floor(self.S.dtype)
+        # In units of the rows themselves: an inequality's pivot carries its weight 1/delta.
+        units = torch.ones_like(self.E[..., : self.sizes[0]])
+        if self.system.G.shape[-2]:
+            scale = torch.where(self.root > 0, 1 / self.root.square(), torch.inf)
+            units = torch.cat(_same_batch_vectors(units, scale), -1)
+        own = pivots(self.S)[..., : units.shape[-1]]
+        return (own * units < small).sum(-1)
+
+
+class _Primal(Factor):
+    """Reduce to n x n: M = Q + rho + W_b + G' W G + A' A / delta, for any positive semidefinite Q."""
+
+    def _factor(self) -> None:
+        system = self.system
+        eq_weight = 1 / system.shift.eq
+        M = system.Q.dense() + system.A.mT @ (eq_weight.unsqueeze(-1) * system.A)
+        if system.G.shape[-2]:
+            M = M + system.G.mT @ (self.row_weight.unsqueeze(-1) * system.G)
+        extra = system.shift.rho + (self.bound_weight if self.bound_weight.shape[-1] else 0.0)
+        M = M + torch.diag_embed(M.new_zeros(M.shape[-1]) + extra)
+        self.M, self.failed = cholesky(M)
+
+    def raw(self, r: Blocks) -> Blocks:
+        system = self.system
+        rx = r.x + rmatvec(system.A, r.eq / system.shift.eq) + rmatvec(system.G, self.row_weight * r.row)
+        if r.bound.shape[-1]:
+            rx = rx + self.bound_weight * r.bound
+        x = cholesky_solve(self.M, rx)
+        eq = (matvec(system.A, x) - r.eq) / system.shift.eq
+        row = self.row_weight * (matvec(system.G, x) - r.row)
+        bound = self.bound_weight * (x - r.bound) if r.bound.shape[-1] else r.bound
+        return Blocks(x, eq, row, bound)
+
+    def dependent(self) -> Tensor:
+        # Rows of weight 1/delta give pivots of that size, one for each independent one.
+        heavy = _pivot_floor(self.M.dtype) / self._typical_delta()
+        rank = (pivots(self.M) > heavy.unsqueeze(-1)).sum(-1)
+        count = self.system.A.shape[-2] + self.rows.row_in.sum(-1) + self.rows.bound_in.sum(-1)
+        return (count - rank).clamp_min(0)
+
+    def _typical_delta(self) -> Tensor:
+        shift = self.system.shift
+        return torch.stack(torch.broadcast_tensors(*(v.amax(-1) for v in shift[1:] if v.shape[-1]))).amax(0)
+
+
+def _pivot_floor(dtype: torch.dtype) -> float:
+    """The pivot, in equilibrated units, below which a row counts as dependent on the others."""
+    return 1e-7 if dtype == torch.float64 else 1e-3
+
+
+def _same_batch(*matrices: Tensor) -> list[Tensor]:
+    batch = torch.broadcast_shapes(*(m.shape[:-2] for m in matrices))
+    return [m.expand(*batch, *m.shape[-2:]) for m in matrices]
+
+
+def _same_batch_vectors(*vectors: Tensor) -> list[Tensor]:
+    batch = torch.broadcast_shapes(*(v.shape[:-1] for v in vectors))
+    return [v.expand(*batch, v.shape[-1]) for v in vectors]

@@ -1,0 +1,246 @@
+"""Standard forms: what a problem looks like once its parameters have values.
+
+A `Form` is one batch of problems with all data in place. Backends solve forms, ``kkt`` judges
+points of forms, ``implicit`` attaches solutions to the tensors of forms.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt.cones import Cone, NonnegativeCone
+from diffopt.errors import ParameterError, ShapeError
+from diffopt.linalg.matrices import Dense, Diagonal, SymmetricMatrix
+from diffopt.shapes import broadcast_batch, check_same_kind, matvec
+
+
+class Derivatives(NamedTuple):
+    """First and second derivatives of a form at a point (x, lam, nu).
+
+    ``gradient`` ``(*batch, n)`` of the objective; ``hessian`` of the Lagrangian;
+    ``equality_jacobian`` ``(*batch, p, n)``; ``inequality_jacobian`` ``(*batch, m, n)``.
+    """
+
+    gradient: Tensor
+    hessian: SymmetricMatrix
+    equality_jacobian: Tensor
+    inequality_jacobian: Tensor
+
+
+class Form(ABC):
+    """minimise f(x) subject to e(x) = 0, -g(x) in K, lower <= x <= upper, for a batch.
+
+    ``lower`` and ``upper`` are ``None`` where the form has no such bounds; an entry of -inf or
+    +inf is an absent bound.
+    """
+
+    n: int
+    p: int
+    m: int
+    cone: Cone
+    lower: Tensor | None
+    upper: Tensor | None
+    batch_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that the form depends on, by name, attached."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Form:
+        """Return the same form over other tensors (same names)."""
+
+    @abstractmethod
+    def objective(self, x: Tensor) -> Tensor:
+        """Return f(x), ``(*batch,)``."""
+
+    @abstractmethod
+    def equalities(self, x: Tensor) -> Tensor:
+        """Return e(x), ``(*batch, p)``: zero at a feasible point."""
+
+    @abstractmethod
+    def inequalities(self, x: Tensor) -> Tensor:
+        """Return g(x), ``(*batch, m)``: <= 0 (its negative in the cone) at a feasible point."""
+
+    def derivatives(self, x: Tensor, lam: Tensor, nu: Tensor) -> Derivatives | None:
+        """Return closed forms of the derivatives, or ``None``: then ``kkt`` derives them."""
+        return None
+
+    def detach(self) -> Form:
+        """Return the form over detached tensors."""
+        return self.with_tensors({name: tensor.detach() for name, tensor in self.tensors().items()})
+
+
+class QPForm(Form):
+    """minimise 1/2 x'Qx + q'x subject to Ax = b, Gx + s = h, s in K, lower <= x <= upper.
+
+    Args:
+        Q: ``(*batch, n, n)``, positive semidefinite (its symmetric part is meant, and its gradient
+            is symmetric); or a `diffopt.linalg.matrices.SymmetricMatrix`; or ``None`` for a
+            linear program.
+        q: ``(*batch, n)``.
+        A, b: ``(*batch, p, n)`` and ``(*batch, p)``, both or neither; a number as b or h fills it.
+        G, h: ``(*batch, m, n)`` and ``(*batch, m)``, both or neither; h = +inf is no constraint.
+        lower, upper: ``(*batch, n)`` or a number; -inf and +inf are absent bounds.
+        cone: K, of dimension m; nonnegative by default.
+
+    Batch dimensions lead and broadcast; a tensor without them is shared by the batch.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ParameterError: at construction.
+    """
+
+    def __init__(
+        self,
+        Q: Tensor | SymmetricMatrix | None,
+        q: Tensor,
+        A: Tensor | None = None,
+        b: Tensor | float | None = None,
+        G: Tensor | None = None,
+        h: Tensor | float | None = None,
+        lower: Tensor | float | None = None,
+        upper: Tensor | float | None = None,
+        cone: Cone | None = None,
+    ) -> None:
+        require_tensor("q", q)
+        if q.dim() < 1:
+            raise ShapeError("`q` has no dimensions. Expected q of shape (*batch, n), got ().")
+        self.n = n = q.shape[-1]
+        if n == 0:
+            raise ShapeError("`q` has no entries. Expected q of shape (*batch, n) with n >= 1.")
+        self.q = q
+        self.Q = _hessian(Q, q, n)
+        self.A, self.b = _rows("A", A, "b", b, n, q)
+        self.G, self.h = _rows("G", G, "h", h, n, q)
+        self.p, self.m = self.A.shape[-2], self.G.shape[-2]
+        self.lower = bound("lower", lower, n, q)
+        self.upper = bound("upper", upper, n, q)
+        self.cone = NonnegativeCone(self.m) if cone is None else cone
+        if self.cone.dim != self.m:
+            raise ShapeError(f"`cone` has dimension {self.cone.dim} but G has {self.m} rows. Expected the same number.")
+        tensors = self.tensors()
+        self.dtype, self.device = check_same_kind(tensors)
+        self.batch_shape = broadcast_batch(
+            {k: t.shape[: t.dim() - d] for (k, t), d in zip(tensors.items(), self._core_dims(), strict=True)}
+        )
+
+    def _core_dims(self) -> list[int]:
+        vectors = [1] * (int(self.lower is not None) + int(self.upper is not None))
+        return [*self.Q.core_dims(), 1, 2, 1, 2, 1, *vectors]
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = self.Q.tensors()
+        names = ("Q",) if len(parts) == 1 else ("Q_diagonal", "Q_factor")
+        named = dict(zip(names, parts, strict=True))
+        named |= {"q": self.q, "A": self.A, "b": self.b, "G": self.G, "h": self.h}
+        if self.lower is not None:
+            named["lower"] = self.lower
+        if self.upper is not None:
+            named["upper"] = self.upper
+        return named
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> QPForm:
+        # The twin is not checked again: it has the shapes of this form.
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        count = len(self.Q.tensors())
+        names = list(tensors)
+        twin.Q = self.Q.with_tensors(*(tensors[name] for name in names[:count]))
+        for name in names[count:]:
+            setattr(twin, name, tensors[name])
+        return twin
+
+    def objective(self, x: Tensor) -> Tensor:
+        return ((0.5 * self.Q.matvec(x) + self.q) * x).sum(-1)
+
+    def equalities(self, x: Tensor) -> Tensor:
+        return matvec(self.A, x) - self.b
+
+    def inequalities(self, x: Tensor) -> Tensor:
+        return matvec(self.G, x) - self.h
+
+    def derivatives(self, x: Tensor, lam: Tensor, nu: Tensor) -> Derivatives:
+        return Derivatives(self.Q.matvec(x) + self.q, self.Q, self.A, self.G)
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Raise `ParameterError` unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ParameterError(
+            f"`{name}` must be a torch tensor, got {type(value).__name__}. Convert it with torch.as_tensor({name})."
+        )
+
+
+def bound(name: str, value: Tensor | float | None, n: int, like: Tensor) -> Tensor | None:
+    """Return a bound as ``(*batch, n)``; a number is the same bound for every variable."""
+    if value is None:
+        return None
+    if isinstance(value, int | float):
+        return like.new_full((n,), float(value))
+    require_tensor(name, value)
+    if value.dim() == 0:
+        return value.expand(n)
+    if value.shape[-1] != n:
+        raise ShapeError(
+            f"`{name}` has {value.shape[-1]} entries but there are {n} variables. Expected {name} of shape "
+            f"(*batch, {n}) or a single number, got {tuple(value.shape)}."
+        )
+    return value
+
+
+def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> SymmetricMatrix:
+    if Q is None:
+        return Diagonal(q.new_zeros(n))
+    if isinstance(Q, SymmetricMatrix):
+        if Q.n != n:
+            raise ShapeError(f"`Q` is {Q.n} x {Q.n} but q has {n} entries. Expected the same number.")
+        return Q
+    require_tensor("Q", Q)
+    if Q.dim() < 2 or Q.shape[-1] != Q.shape[-2]:
+        raise ShapeError(
+            f"`Q` is not square. Expected Q of shape (*batch, {n}, {n}), got {tuple(Q.shape)}. "
+            f"For a diagonal Q pass diffopt.linalg.Diagonal(d)."
+        )
+    if Q.shape[-1] != n:
+        raise ShapeError(
+            f"`Q` is {Q.shape[-1]} x {Q.shape[-1]} but `q` has {n} entries. "
+            f"Expected Q of shape (*batch, {n}, {n}), got {tuple(Q.shape)}."
+        )
+    return Dense(0.5 * (Q + Q.mT))
+
+
+def _rows(
+    name: str, matrix: Tensor | None, side_name: str, side: Tensor | float | None, n: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    if matrix is None and side is None:
+        return like.new_zeros(0, n), like.new_zeros(0)
+    for present, missing, value in ((name, side_name, side), (side_name, name, matrix)):
+        if value is None:
+            raise ParameterError(f"`{present}` was given without `{missing}`. Expected both or neither.")
+    require_tensor(name, matrix)
+    assert isinstance(matrix, Tensor) and side is not None
+    rows = "p" if name == "A" else "m"
+    if matrix.dim() < 2 or matrix.shape[-1] != n:
+        hint = f" If {name} is transposed, pass `{name}.mT`." if n in matrix.shape[-2:-1] else ""
+        columns = matrix.shape[-1] if matrix.dim() else 0
+        raise ShapeError(
+            f"`{name}` has {columns} columns but there are {n} variables. Expected {name} of shape "
+            f"(*batch, {rows}, {n}), got {tuple(matrix.shape)}.{hint}"
+        )
+    if isinstance(side, int | float):
+        side = like.new_full((matrix.shape[-2],), float(side))
+    require_tensor(side_name, side)
+    if side.dim() == 0:
+        side = side.expand(matrix.shape[-2])
+    if side.shape[-1] != matrix.shape[-2]:
+        raise ShapeError(
+            f"`{side_name}` has {side.shape[-1]} entries but `{name}` has {matrix.shape[-2]} rows. Expected "
+            f"{side_name} of shape (*batch, {matrix.shape[-2]}), got {tuple(side.shape)}."
+        )
+    return matrix, side

@@ -1,0 +1,93 @@
+"""Batch shapes: what broadcasts with what, and the checks that say so in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import DeviceError, DtypeError, ShapeError
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64)
+
+
+def broadcast_batch(shapes: Mapping[str, tuple[int, ...]]) -> torch.Size:
+    """Return the common batch shape of named batch shapes.
+
+    Raises:
+        ShapeError: two of them do not broadcast; both are named.
+    """
+    result: tuple[int, ...] = ()
+    seen: list[str] = []
+    for name, shape in shapes.items():
+        try:
+            result = tuple(torch.broadcast_shapes(result, shape))
+        except RuntimeError as error:
+            raise ShapeError(
+                f"The batch dimensions of `{name}`, {tuple(shape)}, do not broadcast with {result}, "
+                f"those of {', '.join(f'`{s}`' for s in seen)}. Batch dimensions lead and follow the "
+                f"broadcasting rules of torch; a tensor without them is shared by the whole batch."
+            ) from error
+        seen.append(name)
+    return torch.Size(result)
+
+
+def check_same_kind(tensors: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
+    """Return the one dtype and device of named tensors, or say which tensor differs.
+
+    Raises:
+        DtypeError: a dtype other than float32 or float64, or two dtypes.
+        DeviceError: two devices.
+    """
+    first: str | None = None
+    dtype, device = torch.float64, torch.device("cpu")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            raise DtypeError(
+                f"`{name}` has dtype {tensor.dtype}. Expected torch.float32 or torch.float64. "
+                f"Convert it, for example with `{name}.double()`."
+            )
+        if first is None:
+            first, dtype, device = name, tensor.dtype, tensor.device
+        elif tensor.dtype != dtype:
+            raise DtypeError(
+                f"`{name}` has dtype {tensor.dtype} but `{first}` has {dtype}. Expected one dtype for "
+                f"all data. Convert one of them, for example `{name}.to({first}.dtype)`."
+            )
+        elif tensor.device != device:
+            raise DeviceError(
+                f"`{name}` is on {tensor.device} but `{first}` is on {device}. Expected one device "
+                f"for all data. Move it, for example `{name}.to({first}.device)`."
+            )
+    return dtype, device
+
+
+def describe(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return ``Q (3, 3), q (3,)`` for use in messages."""
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors)
+
+
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return ``matrix @ vector`` over leading batch dimensions; either side may be shared.
+
+    A shared matrix meets a batch of vectors in one matrix product: its gradient is then one
+    product too, already summed over the batch.
+    """
+    if matrix.dim() == 2:
+        return vector @ matrix.mT
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def rmatvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return ``matrix.mT @ vector`` over leading batch dimensions; either side may be shared."""
+    if matrix.dim() == 2:
+        return vector @ matrix
+    return (matrix.mT @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def max_abs(vector: Tensor) -> Tensor:
+    """Return the largest magnitude over the last dimension, 0 where that dimension is empty."""
+    if vector.shape[-1] == 0:
+        return vector.new_zeros(vector.shape[:-1])
+    return vector.abs().amax(-1)

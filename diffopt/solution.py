@@ -1,0 +1,164 @@
+"""What a solve returns: one `Status` per instance, one `Solution` per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Status(IntEnum):
+    """How the solve of one instance ended. The default is `UNSOLVED`: success is never assumed."""
+
+    UNSOLVED = 0
+    SOLVED = 1
+    ALMOST_SOLVED = 2
+    MAX_ITERATIONS = 3
+    PRIMAL_INFEASIBLE = 4
+    DUAL_INFEASIBLE = 5
+    NUMERICAL_ERROR = 6
+    NONFINITE_INPUT = 7
+
+
+REMEDIES: dict[Status, str] = {
+    Status.UNSOLVED: "no solver has run on it",
+    Status.MAX_ITERATIONS: "raise `Settings.max_iterations`, loosen `Settings.tolerance`, or rescale the data",
+    Status.PRIMAL_INFEASIBLE: "no x satisfies its constraints; relax them (see `Solution.certificate`)",
+    Status.DUAL_INFEASIBLE: "its objective is unbounded below; add bounds or curvature (see `Solution.certificate`)",
+    Status.NUMERICAL_ERROR: "check that Q is positive semidefinite and the data well scaled, or use float64",
+    Status.NONFINITE_INPUT: "its data holds NaN or infinity (only h, lower and upper may be infinite, as absent bounds)",
+}
+"""What to do about each failure; the message of `SolveFailed` quotes it."""
+
+
+class Residuals(NamedTuple):
+    """Relative residuals of the optimality conditions, each ``(*batch,)``, in the original data.
+
+    With all norms the largest magnitude: ``primal`` is the worst violation of a constraint over
+    1 + max(|Ax|, |b|, |Gx|, |h|) (a finite bound counts as a row of G); ``dual`` is the gradient of
+    the Lagrangian over 1 + max(|Qx|, |q|, |A'nu|, |G'lam|); ``gap`` is |x'Qx + q'x + b'nu + h'lam|
+    over 1 + its largest term. 0 is exact; NaN where the point does not exist.
+    """
+
+    primal: Tensor
+    dual: Tensor
+    gap: Tensor
+
+    def worst(self) -> Tensor:
+        """Return the largest of the three, ``(*batch,)``."""
+        return torch.maximum(torch.maximum(self.primal, self.dual), self.gap)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The solution of a batch of problems. Signs: Lagrangian = f + nu'(Ax - b) + lam'(Gx - h)
+    + lam_lower'(lower - x) + lam_upper'(x - upper), so all of lam, lam_lower, lam_upper are >= 0.
+
+    Attributes:
+        x: ``(*batch, n)``, the minimiser.
+        s: ``(*batch, m)``, slack h - Gx >= 0, in the units of h.
+        lam: ``(*batch, m)``, >= 0, objective units per unit of h: dvalue/dh = -lam.
+        nu: ``(*batch, p)``, free: dvalue/db = -nu.
+        lam_lower, lam_upper: ``(*batch, n)``, >= 0 (zeros where there is no bound):
+            dvalue/dlower = lam_lower, dvalue/dupper = -lam_upper.
+        value: ``(*batch,)``, the optimal value, computed on access. Its derivative is the partial
+            derivative of the Lagrangian (the envelope theorem).
+        status: ``(*batch,)`` int8, a `Status` per instance.
+        ok: ``(*batch,)`` bool, True where the status is SOLVED or ALMOST_SOLVED.
+        residuals: `Residuals`, recomputed from the original data.
+        iterations: ``(*batch,)`` int64.
+        weakly_active: ``(*batch,)`` int64, the number of constraints that hold with equality and
+            have no multiplier. Above 0, x has a kink there and the gradient follows
+            `Settings.kink_rule`.
+        dependent: ``(*batch,)`` int64, how many rows too many the active rows hold (their number
+            minus their rank, estimated). Above 0 the duals are not unique, and derivatives are
+            claimed only along perturbations that keep the active rows consistent. -1 where unknown.
+        certificate: for PRIMAL_INFEASIBLE and DUAL_INFEASIBLE instances the Farkas direction, else
+            ``None`` (when no instance has one); see `Certificate`.
+        backend, executor: who found the point.
+
+    x, s, lam, nu, lam_lower, lam_upper and value are differentiable in every tensor of the
+    problem's data; the other fields are not. Registered as a pytree.
+    """
+
+    x: Tensor
+    s: Tensor
+    lam: Tensor
+    nu: Tensor
+    lam_lower: Tensor
+    lam_upper: Tensor
+    status: Tensor
+    residuals: Residuals
+    iterations: Tensor
+    weakly_active: Tensor
+    dependent: Tensor
+    certificate: Certificate | None
+    backend: str
+    executor: str
+    _value: Tensor | Callable[[], Tensor] = field(repr=False)
+
+    @property
+    def value(self) -> Tensor:
+        """The optimal value, ``(*batch,)``; see the class."""
+        if not isinstance(self._value, Tensor):
+            object.__setattr__(self, "_value", self._value())
+        return self._value  # type: ignore[return-value]
+
+    @property
+    def ok(self) -> Tensor:
+        """True where an instance was solved, ``(*batch,)``; mask with ``sol.x[sol.ok]``."""
+        return (self.status == Status.SOLVED) | (self.status == Status.ALMOST_SOLVED)
+
+    def __repr__(self) -> str:
+        counts = status_counts(self.status)
+        worst = float(self.residuals.worst().nan_to_num(nan=torch.inf).max()) if self.status.numel() else 0.0
+        return (
+            f"Solution(x={tuple(self.x.shape)}, {counts or 'empty batch'}, "
+            f"worst residual {worst:.1e}, {self.backend}/{self.executor})"
+        )
+
+
+class Certificate(NamedTuple):
+    """Proof, per instance, that there is no solution. Rows without a claim are NaN.
+
+    Primal infeasible: (nu, lam, lam_lower, lam_upper) with lam's >= 0, A'nu + G'lam - lam_lower
+    + lam_upper = 0 and b'nu + h'lam - lower'lam_lower + upper'lam_upper = -1. Dual infeasible:
+    a direction x with Qx = 0, Ax = 0, Gx <= 0, staying within finite bounds, and q'x = -1.
+    """
+
+    x: Tensor
+    nu: Tensor
+    lam: Tensor
+    lam_lower: Tensor
+    lam_upper: Tensor
+
+
+def status_counts(status: Tensor) -> str:
+    """Return ``SOLVED: 3, PRIMAL_INFEASIBLE: 1`` for a tensor of statuses."""
+    codes, counts = torch.unique(status.flatten().cpu(), return_counts=True)
+    return ", ".join(f"{Status(int(c)).name}: {int(k)}" for c, k in zip(codes, counts, strict=True))
+
+
+_CHILDREN = (
+    "x", "s", "lam", "nu", "lam_lower", "lam_upper",
+    "status", "residuals", "iterations", "weakly_active", "dependent", "certificate",
+)  # fmt: skip
+
+
+def _flatten(solution: Solution) -> tuple[list[Any], tuple[str, str]]:
+    children = [getattr(solution, name) for name in _CHILDREN]
+    return [*children, solution.value], (solution.backend, solution.executor)
+
+
+def _unflatten(children: Any, context: tuple[str, str]) -> Solution:
+    *fields, value = children
+    named = dict(zip(_CHILDREN, fields, strict=True))
+    return Solution(**named, backend=context[0], executor=context[1], _value=value)
+
+
+pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="diffopt.Solution")

@@ -1,0 +1,139 @@
+"""The batched primal-dual interior-point method."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt.linalg.saddle import Saddle
+from diffopt.shapes import matvec, max_abs, rmatvec
+from diffopt.solvers.newton_system import NewtonSystem
+from diffopt.solvers.scaled_qp import ScaledQP, State
+from diffopt.solvers.step import complementarity, interior_start, longest_step
+
+FARKAS = 1e-9
+"""Relative size of a certificate's error at which an iterate proves that there is no solution."""
+
+
+class Outcome(NamedTuple):
+    """Where the iteration ended, per instance.
+
+    ``residual``: worst relative residual of ``state``; ``iterations``; ``primal_infeasible`` and
+    ``dual_infeasible``: ``state`` holds a direction that proves it; ``failed``: linear algebra broke down.
+    """
+
+    state: State
+    residual: Tensor
+    iterations: Tensor
+    primal_infeasible: Tensor
+    dual_infeasible: Tensor
+    failed: Tensor
+
+
+def solve(qp: ScaledQP, system: Saddle, run: Tensor, tolerance: float, max_iterations: int) -> Outcome:
+    """Solve the instances marked in ``run`` by Mehrotra's predictor-corrector method.
+
+    Every instance stops by its own residuals; one that has stopped is frozen, and nothing that
+    happens to it or to any other instance changes it again.
+
+    Args:
+        qp: the problem, equilibrated.
+        system: its saddle-point system; decides the reduction.
+        run: ``(*batch,)`` bool.
+        tolerance: worst relative residual, in original and in equilibrated units.
+        max_iterations: at least 1.
+
+    References:
+        Mehrotra (1992), "On the implementation of a primal-dual interior point method"; for QPs and
+        common steps Nocedal and Wright (2006), section 16.6. Different here: sigma >= 0.3 after a step that
+        gained little (plain Mehrotra cycles on about 1 problem in 3,000), and a step factor that
+        tends to 1 with mu.
+    """
+    refinements = 2 if system.reduction == "primal" else 1
+    state = _start(qp, system)
+    shape = qp.batch
+    best, best_residual = state, torch.full(shape, torch.inf, dtype=qp.q.dtype, device=qp.q.device)
+    stopped = ~run.expand(shape)
+    flag = torch.zeros(shape, dtype=torch.bool, device=qp.q.device)
+    primal_infeasible, dual_infeasible, failed = flag, flag, flag
+    iterations = torch.zeros(shape, dtype=torch.int64, device=qp.q.device)
+    last_mu = torch.full_like(best_residual, torch.inf)
+    stalled = torch.zeros_like(iterations)
+
+    for count in range(max_iterations + 1):
+        residual = qp.relative_residuals(state)
+        gained = ~stopped & (residual < best_residual)
+        best, best_residual = state.where(gained, best), torch.where(gained, residual, best_residual)
+        infeasible, unbounded = _certificates(qp, state)
+        proven = ~stopped & (residual > tolerance) & (infeasible | unbounded)
+        best = state.where(proven, best)
+        primal_infeasible = primal_infeasible | (proven & infeasible)
+        dual_infeasible = dual_infeasible | (proven & unbounded & ~infeasible)
+        stopped = stopped | (residual <= tolerance) | proven | (stalled >= 3)
+        if count == max_iterations or bool(stopped.all()):
+            break
+
+        r_dual = qp.Q.matvec(state.x) + qp.q + rmatvec(qp.A, state.nu) + qp.apply_Ct(state.z * qp.on, state.y)
+        r_eq = matvec(qp.A, state.x) - qp.b
+        r_row = torch.where(qp.on, qp.apply_C(state.x) + state.s - qp.d, 0.0)
+        mu = complementarity(state.s, state.z, qp.on)
+
+        newton = NewtonSystem(qp, system, state, refinements)
+        affine = newton.step(r_dual, r_eq, r_row, torch.zeros_like(state.s))
+        alpha = longest_step(state.s, state.z, affine.s, affine.z, qp.on).unsqueeze(-1)
+        mu_affine = complementarity(state.s + alpha * affine.s, state.z + alpha * affine.z, qp.on)
+        sigma = (mu_affine / torch.where(mu > 0, mu, 1.0)).clamp(0, 1) ** 3
+        sigma = torch.where(mu > 0.7 * last_mu, sigma.clamp_min(0.3), sigma)
+
+        target = (sigma * mu).unsqueeze(-1) - affine.s * affine.z
+        direction = newton.step(r_dual, r_eq, r_row, target)
+        reach = longest_step(state.s, state.z, direction.s, direction.z, qp.on)
+        eta = (1 - mu).clamp(0.995, 1 - 1e-7)
+        # Without inequalities the full step is exact; with them it stays inside.
+        alpha = torch.where((reach < 1) | (mu > 0), (eta * reach).clamp_max(1), reach)
+        moved = State(*(v + alpha.unsqueeze(-1) * dv for v, dv in zip(state, direction, strict=True)))
+
+        sound = torch.stack([torch.isfinite(v).all(-1) for v in moved if v.shape[-1]]).all(0)
+        broken = ~stopped & ~(sound & ~newton.factor.failed)
+        failed, stopped = failed | broken, stopped | broken
+        state = moved.where(~stopped, state)
+        iterations = iterations + (~stopped).long()
+        stalled = torch.where(alpha < 1e-4, stalled + 1, 0)
+        last_mu = mu
+
+    return Outcome(best, best_residual, iterations, primal_infeasible, dual_infeasible, failed)
+
+
+def _start(qp: ScaledQP, system: Saddle) -> State:
+    """Return the point that balances feasibility and size: min 1/2 |s|^2 with s = d - Cx unsigned."""
+    zero, one = torch.zeros_like(qp.d), torch.ones_like(qp.d)
+    at = State(qp.q.new_zeros(*qp.batch, qp.n), torch.zeros_like(qp.b), torch.zeros_like(qp.target), one, one)
+    newton = NewtonSystem(qp, system, at, refinements=1)
+    # With s = z = 1 and target = 1 the row equation reads C dx - dz = d.
+    step = newton.step(qp.q, -qp.b, -qp.d, one)
+    z = torch.where(qp.on, step.z, zero)
+    s, z = interior_start(-z, z, qp.on)
+    usable = torch.isfinite(step.x).all(-1) & torch.isfinite(s).all(-1) & torch.isfinite(z).all(-1)
+    usable = usable & ~newton.factor.failed
+    return State(step.x, step.nu, step.y, s, z).where(usable, at)
+
+
+def _certificates(qp: ScaledQP, state: State) -> tuple[Tensor, Tensor]:
+    """Return where an iterate proves primal infeasibility, and where unboundedness, ``(*batch,)`` each.
+
+    Primal: with z >= 0, A'nu + C'z = 0 and b'nu + d'z < 0 no x can satisfy the constraints.
+    Dual: with Qx = 0, Ax = 0, Cx <= 0 and q'x < 0 the objective falls without end along x.
+    """
+    z = state.z * qp.on
+    pull = rmatvec(qp.A, state.nu) + qp.apply_Ct(z, state.y)
+    depth = -((qp.b * state.nu).sum(-1) + (qp.d * z).sum(-1) + (qp.target * state.y).sum(-1))
+    primal = (depth > 0) & (max_abs(pull) <= FARKAS * depth)
+    fall = -(qp.q * state.x).sum(-1)
+    outside = torch.where(qp.on, qp.apply_C(state.x), 0.0).clamp_min(0)
+    error = torch.maximum(max_abs(qp.Q.matvec(state.x)), max_abs(matvec(qp.A, state.x)))
+    error = torch.maximum(error, max_abs(outside))
+    if qp.fixed.shape[-1]:
+        error = torch.maximum(error, max_abs(torch.where(qp.fixed, state.x, 0.0)))
+    return primal, (fall > 0) & (error <= FARKAS * fall)

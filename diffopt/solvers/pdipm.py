@@ -1,0 +1,301 @@
+"""The whole solver: screen, equilibrate, iterate, polish, certify, and return to original units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt.linalg.cholesky import cholesky, pivots
+from diffopt.linalg.matrices import Dense, SymmetricMatrix
+from diffopt.linalg.saddle import Factor, Saddle
+from diffopt.linalg.scaling import Scaling, regularisation
+from diffopt.solution import Status
+from diffopt.solvers import certificates, interior_point
+from diffopt.solvers.polish import polish
+from diffopt.solvers.scaled_qp import ScaledQP, State
+from diffopt.solvers.settings import Settings
+
+SAFE_CONDITION = 1e8
+"""Estimated condition of Q up to which it is eliminated first (residuals stall above: at 1e10 near 1e-7)."""
+
+WIDEST = 1.9
+"""Rows per variable up to which the m x m form needs fewer operations than the n x n form."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A batch of quadratic programs as plain tensors, float64; shapes as in `QPForm`."""
+
+    Q: SymmetricMatrix
+    q: Tensor
+    A: Tensor
+    b: Tensor
+    G: Tensor
+    h: Tensor
+    lower: Tensor | None
+    upper: Tensor | None
+    batch: torch.Size
+
+
+class ActiveSystem(NamedTuple):
+    """The equilibrated KKT system of the final active sets, factored: what a derivative solves with.
+
+    ``row``, ``lower``, ``upper``: the active rows that it was factored for.
+    """
+
+    factor: Factor
+    scaling: Scaling
+    row: Tensor
+    lower: Tensor | None
+    upper: Tensor | None
+
+
+class Result(NamedTuple):
+    """Original units. ``ray``: certificates (x, nu, lam, lam_lower, lam_upper) or ``None``."""
+
+    x: Tensor
+    nu: Tensor
+    lam: Tensor
+    lam_lower: Tensor
+    lam_upper: Tensor
+    s: Tensor
+    status: Tensor
+    iterations: Tensor
+    ray: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None
+    system: ActiveSystem | None
+    reduction: str
+
+
+class Screen(NamedTuple):
+    """``data`` with harmless values in the place of impossible ones, and where those were."""
+
+    data: Data
+    nonfinite: Tensor
+    crossed: Tensor
+
+
+def solve(data: Data, settings: Settings, tolerance: float) -> Result:
+    """Solve a batch of convex quadratic programs; one status per instance, nothing raised for values.
+
+    Args:
+        data: float64 tensors without a graph.
+        settings: limits and choices; ``tolerance`` in its place for the residuals.
+    """
+    screened, nonfinite, crossed = screen(data)
+    run = ~(nonfinite | crossed)
+    qp = scale(screened)
+    outcome, parts = _solve_scaled(qp, run, settings, tolerance)
+    state = outcome.state
+    status = torch.full(data.batch, Status.MAX_ITERATIONS, dtype=torch.int8, device=data.q.device)
+    status = torch.where(outcome.failed, Status.NUMERICAL_ERROR, status)
+    solved = run & (outcome.residual <= tolerance)
+    ray = None
+    open_ = run & ~solved
+    if bool(open_.any()):
+        status, ray = _certify(qp, outcome, open_, status)
+        # What could not be proven infeasible keeps the best point that was found.
+    status = torch.where(solved, Status.SOLVED, status)
+    status = torch.where(crossed, Status.PRIMAL_INFEASIBLE, status)
+    status = torch.where(nonfinite, Status.NONFINITE_INPUT, status).to(torch.int8)
+    rays = _original_rays(qp, ray, data, crossed) if ray is not None or bool(crossed.any()) else None
+    point = original(qp, state)
+    return Result(*point, status, outcome.iterations, rays, *parts)
+
+
+def screen(data: Data) -> Screen:
+    """Replace what no solver can take: NaN, infinite entries outside the absent sides, crossed bounds."""
+    bad = torch.zeros(data.batch, dtype=torch.bool, device=data.q.device)
+
+    def clean(tensor: Tensor, dims: int, allowed: float | None = None) -> Tensor:
+        nonlocal bad
+        wrong = ~torch.isfinite(tensor) if allowed is None else torch.isnan(tensor) | (tensor == -allowed)
+        where = wrong.flatten(tensor.dim() - dims).any(-1) if dims else wrong
+        bad = bad | where
+        return torch.where(wrong, 0.0, tensor) if bool(where.any()) else tensor
+
+    Q = data.Q.with_tensors(*(clean(t, k) for t, k in zip(data.Q.tensors(), data.Q.core_dims(), strict=True)))
+    q, b = clean(data.q, 1), clean(data.b, 1)
+    A, G = clean(data.A, 2), clean(data.G, 2)
+    h = clean(data.h, 1, torch.inf)
+    lower = None if data.lower is None else clean(data.lower, 1, -torch.inf)
+    upper = None if data.upper is None else clean(data.upper, 1, torch.inf)
+    crossed = torch.zeros_like(bad)
+    if lower is not None and upper is not None:
+        over = lower > upper
+        crossed = crossed | over.any(-1)
+        if bool(over.any()):
+            lower, upper = torch.where(over, -torch.inf, lower), torch.where(over, torch.inf, upper)
+    return Screen(Data(Q, q, A, b, G, h, lower, upper, data.batch), bad, crossed & ~bad)
+
+
+def scale(data: Data, scaling: Scaling | None = None) -> ScaledQP:
+    """Equilibrate."""
+    return ScaledQP(
+        data.Q, data.q, data.A, data.b, data.G, data.h, data.lower, data.upper, data.batch, scaling
+    )
+
+
+def choose_reduction(qp: ScaledQP, wanted: str) -> tuple[str, Tensor]:
+    """Return the reduction for a batch, and the instances ``(*batch,)`` for which it is safe.
+
+    The choice rests on structure and shapes; only safety looks at values, per instance, so that
+    no instance is solved in another way because of its neighbours. The others go by ``"primal"``.
+    """
+    everywhere = torch.ones(qp.batch, dtype=torch.bool, device=qp.q.device)
+    structured = not isinstance(qp.Q, Dense)
+    rows = qp.m + (qp.n if qp.with_bounds else 0)
+    if wanted == "auto":
+        wanted = "diagonal" if structured else ("dual" if rows <= WIDEST * qp.n else "primal")
+    if wanted == "diagonal" and not structured:
+        wanted = "primal"
+    if wanted == "diagonal":
+        diagonal = qp.Q.tensors()[0]
+        safe = diagonal.amin(-1) * SAFE_CONDITION >= diagonal.amax(-1).clamp_min(1e-8)
+        return wanted, everywhere & safe
+    if wanted == "dual":
+        factor, failed = cholesky(qp.Q.dense())
+        size = pivots(factor)
+        return wanted, everywhere & ~failed & (size.amin(-1) * SAFE_CONDITION >= size.amax(-1))
+    return "primal", everywhere
+
+
+def _solve_scaled(
+    qp: ScaledQP, run: Tensor, settings: Settings, tolerance: float
+) -> tuple[interior_point.Outcome, tuple[ActiveSystem | None, str]]:
+    """Solve the marked instances; return the outcome, and (system, reduction)."""
+    first, safe = choose_reduction(qp, settings.reduction)
+    groups = [(first, run & safe), ("primal", run & ~safe)]
+    # Whether a group is empty decides what is worth running, not what any instance gets.
+    groups = [group for group in groups if bool(group[1].any())] or groups[:1]
+    outcomes = []
+    system: ActiveSystem | None = None
+    for reduction, group in groups:
+        if reduction == "primal":
+            group = group & ~_nonconvex(qp)
+        saddle = Saddle(qp.Q, qp.A, qp.G, reduction, regularisation(qp.scaling, reduction))
+        outcome = interior_point.solve(qp, saddle, group, tolerance, settings.max_iterations)
+        if settings.polish:
+            close = group & (outcome.residual <= max(tolerance, 1e-6)) & ~outcome.primal_infeasible
+            done = polish(qp, saddle, outcome.state, outcome.residual, close)
+            outcome = outcome._replace(state=done.state, residual=done.residual)
+            if len(groups) == 1:
+                row, lower, upper = qp.split(done.active)
+                system = ActiveSystem(
+                    done.factor, qp.scaling, row, lower if qp.has_lower else None, upper if qp.has_upper else None
+                )
+        outcomes.append((group, reduction, outcome))
+    _, name, merged = outcomes[0]
+    for group, reduction, outcome in outcomes[1:]:
+        name = f"{name}+{reduction}"
+        state = outcome.state.where(group, merged.state)
+        rest = [torch.where(group, a, b) for a, b in zip(outcome[1:], merged[1:], strict=True)]
+        merged = interior_point.Outcome(state, *rest)
+    return merged, (system, name)
+
+
+def _nonconvex(qp: ScaledQP) -> Tensor:
+    """Return where Q, equilibrated, has an eigenvalue clearly below zero, ``(*batch,)``."""
+    Q = qp.Q.dense()
+    _, failed = cholesky(Q + 1e-7 * torch.eye(qp.n, dtype=Q.dtype, device=Q.device))
+    return failed
+
+
+def _certify(
+    qp: ScaledQP, outcome: interior_point.Outcome, open_: Tensor, status: Tensor
+) -> tuple[Tensor, State | None]:
+    """Look for proofs for the unsolved instances: first in their last iterates, then by auxiliary problems."""
+    rays: State | None = None
+
+    def claim(proof: certificates.Proof, code: Status) -> None:
+        nonlocal open_, status, rays
+        status = torch.where(proof.holds, int(code), status)
+        open_ = open_ & ~proof.holds
+        if bool(proof.holds.any()):
+            nothing = State(*(torch.zeros_like(v) for v in proof.ray))
+            rays = proof.ray.where(proof.holds, nothing if rays is None else rays)
+
+    nonconvex = _nonconvex(qp)
+    status = torch.where(open_ & nonconvex, Status.NUMERICAL_ERROR, status)
+    open_ = open_ & ~nonconvex
+    claim(certificates.check_primal(qp, outcome.state, open_ & outcome.primal_infeasible), Status.PRIMAL_INFEASIBLE)
+    claim(certificates.check_dual(qp, outcome.state.x, open_ & outcome.dual_infeasible), Status.DUAL_INFEASIBLE)
+    if bool(open_.any()):
+        state = _auxiliary(certificates.least_infeasibility(qp), qp.batch, open_)
+        nu, z, y = _infeasibility_multipliers(qp, state)
+        claim(certificates.check_primal(qp, outcome.state._replace(nu=nu, z=z, y=y), open_), Status.PRIMAL_INFEASIBLE)
+    if bool(open_.any()):
+        x = _auxiliary(certificates.steepest_recession(qp), qp.batch, open_).x
+        claim(certificates.check_dual(qp, x, open_), Status.DUAL_INFEASIBLE)
+    return status, rays
+
+
+class _Multipliers(NamedTuple):
+    x: Tensor
+    nu: Tensor
+    lam: Tensor
+    lam_lower: Tensor
+    lam_upper: Tensor
+
+
+def _auxiliary(problem: certificates.Auxiliary, batch: torch.Size, run: Tensor) -> _Multipliers:
+    qp = ScaledQP(*problem, batch)
+    outcome, _ = _solve_scaled(qp, run, Settings(max_iterations=60), 1e-12)
+    return _Multipliers(*original(qp, outcome.state)[:5])
+
+
+def _infeasibility_multipliers(qp: ScaledQP, found: _Multipliers) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (nu, z, y) of the problem itself from the solution of its least-infeasibility problem."""
+    n = qp.n
+    pieces = [found.lam]
+    lower, upper = found.lam_lower[..., :n], found.lam_upper[..., :n]
+    if qp.has_lower:
+        pieces.append(lower)
+    if qp.has_upper:
+        pieces.append(upper)
+    y = torch.where(qp.fixed, upper - lower, 0.0) if qp.fixed.shape[-1] else qp.target
+    return found.nu, torch.where(qp.on, torch.cat(pieces, -1), 0.0), y
+
+
+def original(qp: ScaledQP, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (x, nu, lam, lam_lower, lam_upper, s) in original units."""
+    d, eq, rows, cost = qp.scaling
+    general, lower, upper = qp.split(torch.where(qp.on, state.z, 0.0))
+    slack = qp.split(torch.where(qp.on, state.s, torch.inf))[0]
+    none = state.x.new_zeros(state.x.shape)
+    lam_lower = lower / (cost * d) if qp.has_lower else none
+    lam_upper = upper / (cost * d) if qp.has_upper else none
+    x = state.x * d
+    if qp.fixed.shape[-1]:
+        force = state.y / (cost * d)
+        lam_lower = lam_lower + (-force).clamp_min(0)
+        lam_upper = lam_upper + force.clamp_min(0)
+        x = torch.where(qp.fixed, qp.target * d, x)
+    return x, eq * state.nu / cost, rows * general / cost, lam_lower, lam_upper, slack / rows
+
+
+def _original_rays(
+    qp: ScaledQP, ray: State | None, data: Data, crossed: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return certificates in original units, normalised there, NaN where there is none."""
+    zero = torch.zeros_like
+    if ray is None:
+        ray = State(zero(qp.q), zero(qp.b), zero(qp.target), zero(qp.d), zero(qp.d))
+    x, nu, lam, lam_lower, lam_upper, _ = original(qp, ray)
+    x = ray.x * qp.scaling.d
+    has_x, has_dual = (ray.x != 0).any(-1), (ray.nu != 0).any(-1) | (ray.z != 0).any(-1) | (ray.y != 0).any(-1)
+    if data.lower is not None and data.upper is not None:
+        # lower_i > upper_i: the two bounds of the worst variable contradict each other.
+        width = (data.lower - data.upper).expand_as(qp.q)
+        one = torch.nn.functional.one_hot(width.argmax(-1), qp.n).to(width.dtype)
+        unit = one / torch.where(crossed.unsqueeze(-1), width.amax(-1, keepdim=True), 1.0)
+        lam_lower = torch.where(crossed.unsqueeze(-1), unit, lam_lower)
+        lam_upper = torch.where(crossed.unsqueeze(-1), unit, lam_upper)
+        nu, lam = (torch.where(crossed.unsqueeze(-1), 0.0, v) for v in (nu, lam))
+        has_x, has_dual = has_x & ~crossed, has_dual | crossed
+    # Scaled depth is cost times the original one for duals, and for x the cost times q'x.
+    cost = torch.where(crossed.unsqueeze(-1), 1.0, qp.scaling.cost)
+    duals = tuple(torch.where(has_dual.unsqueeze(-1), v * cost, torch.nan) for v in (nu, lam, lam_lower, lam_upper))
+    return (torch.where(has_x.unsqueeze(-1), x * cost, torch.nan), *duals)

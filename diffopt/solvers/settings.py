@@ -1,0 +1,89 @@
+"""What a user can tune, with units, defaults and which direction is looser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from diffopt.errors import SettingsError
+
+KinkRule = Literal["inactive", "active", "central", "minimum_norm"]
+KINK_RULES: tuple[str, ...] = ("inactive", "active", "central", "minimum_norm")
+
+
+@dataclass(frozen=True, init=False)
+class Settings:
+    """Settings of a solve. Immutable; `replace` makes a changed copy.
+
+    Attributes:
+        tolerance: relative residual (primal, dual and gap; see `Residuals`) at which an instance is
+            SOLVED. Dimensionless. Default ``None``: 1e-9 in float64, 1e-5 in float32. Larger is looser.
+        max_iterations: iterations of the solver before an instance ends as MAX_ITERATIONS.
+            Default 60. Smaller is looser.
+        kink_rule: which derivative is returned where a constraint holds with equality and has no
+            multiplier ("weakly active"): ``"inactive"`` (default) leaves such rows out, ``"active"``
+            holds them with equality, ``"central"`` is the limit along the central path,
+            ``"minimum_norm"`` the shortest solution when these rows are left undecided.
+        weak_tolerance: a row is weakly active when its slack and its multiplier are both below this,
+            in the units of the equilibrated problem (about 1 for ordinary data). Default ``None``:
+            1e-7 in float64, 1e-3 in float32. Larger counts more rows.
+        polish: solve for the exact point of the final active set (default True). False is looser:
+            the interior-point end point is returned, and its small multipliers blur the gradient.
+        reduction: how the primary backend eliminates: ``"auto"`` (default), ``"dual"`` (m x m),
+            ``"diagonal"`` or ``"primal"`` (n x n). Affects speed, not what is solved.
+    """
+
+    tolerance: float | None
+    max_iterations: int
+    kink_rule: KinkRule
+    weak_tolerance: float | None
+    polish: bool
+    reduction: Literal["auto", "dual", "diagonal", "primal"]
+
+    def __init__(
+        self,
+        *,
+        tolerance: float | None = None,
+        max_iterations: int = 60,
+        kink_rule: KinkRule = "inactive",
+        weak_tolerance: float | None = None,
+        polish: bool = True,
+        reduction: Literal["auto", "dual", "diagonal", "primal"] = "auto",
+        **unknown: Any,
+    ) -> None:
+        names = [f.name for f in fields(type(self))]
+        if unknown:
+            raise SettingsError(f"Unknown setting {', '.join(map(repr, unknown))}. Expected one of {', '.join(names)}.")
+        _check("tolerance", tolerance, tolerance is None or 0 < tolerance < 1, "None or a number between 0 and 1")
+        _check("max_iterations", max_iterations, max_iterations >= 1, "a whole number >= 1")
+        _check("kink_rule", kink_rule, kink_rule in KINK_RULES, f"one of {', '.join(map(repr, KINK_RULES))}")
+        weak_ok = weak_tolerance is None or 0 < weak_tolerance < 1
+        _check("weak_tolerance", weak_tolerance, weak_ok, "None or a number between 0 and 1")
+        reductions = ("auto", "dual", "diagonal", "primal")
+        _check("reduction", reduction, reduction in reductions, f"one of {', '.join(map(repr, reductions))}")
+        values = (tolerance, int(max_iterations), kink_rule, weak_tolerance, bool(polish), reduction)
+        for name, value in zip(names, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def replace(self, **changes: Any) -> Settings:
+        """Return a copy with some settings changed."""
+        return Settings(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
+    def tolerance_for(self, dtype: torch.dtype) -> float:
+        """Return `tolerance`, or its default for this dtype."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return 1e-9 if dtype == torch.float64 else 1e-5
+
+    def weak_tolerance_for(self, dtype: torch.dtype) -> float:
+        """Return `weak_tolerance`, or its default for this dtype."""
+        if self.weak_tolerance is not None:
+            return self.weak_tolerance
+        return 1e-7 if dtype == torch.float64 else 1e-3
+
+
+def _check(name: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise SettingsError(f"Setting `{name}` = {value!r} is out of range. Expected {expected}.")
