@@ -177,7 +177,7 @@ class _KKT:
         self._saddle = saddle if found.system is None else found.system.factor.system
         weak_any = bool(active.weak_count().any())
         self.dense_rule = kink_rule == "minimum_norm" and weak_any
-        self.weak_row, self.weak_bound = active.weak_row, active.weak_lower | active.weak_upper
+        self.weak_row = active.weak_row
         none_row, none_bound = torch.zeros_like(active.row), torch.zeros_like(active.lower)
         strict = active
         joins = weak_any and kink_rule != "inactive"
@@ -203,8 +203,9 @@ class _KKT:
 
     def _use_central(self, strict: kkt.Activity) -> None:
         d, _, rows, cost = self.scaling
-        weak_bound = self.weak_bound & ~_held(strict) if self.weak_bound.shape[-1] else self.weak_bound
-        e_row, e_bound = central_ratio(self.saddle(), kkt.rows_of(strict), self.weak_row, weak_bound)
+        up, down = strict.weak_upper & ~_held(strict), strict.weak_lower & ~_held(strict)
+        sign = up.long() - (down & ~up).long()
+        e_row, e_bound = central_ratio(self.saddle(), kkt.rows_of(strict), self.weak_row, sign)
         self._scaled_ratios = (e_row, e_bound)
         self.ratio_row = e_row * cost / rows.square()
         self.ratio_bound = e_bound * cost * d.square() if e_bound.shape[-1] else e_bound
@@ -226,7 +227,7 @@ class _KKT:
                 self._factor = prepared.factor
             else:
                 rows = kkt.rows_of(self.active, *self._scaled_ratios)
-                self._factor = self.saddle().factor(rows)
+                self._factor = self.saddle().factor(rows, final=True)
         return self._factor
 
     def _same_rows(self, other: kkt.Activity) -> bool:

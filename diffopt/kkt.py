@@ -223,13 +223,15 @@ def _clean(tensor: Tensor) -> Tensor:
 def to_scaled(r: Blocks, scaling: Scaling) -> Blocks:
     """Bring a right-hand side (residuals in original units) into equilibrated units."""
     d, eq, rows, cost = scaling
-    return Blocks(cost * d * r.x, eq * r.eq, rows * r.row, r.bound / d)
+    bound = r.bound / d if r.bound.shape[-1] else r.bound
+    return Blocks(cost * d * r.x, eq * r.eq, rows * r.row, bound)
 
 
 def to_original(u: Blocks, scaling: Scaling) -> Blocks:
     """Bring a solution (x and duals in equilibrated units) back into original units."""
     d, eq, rows, cost = scaling
-    return Blocks(d * u.x, eq * u.eq / cost, rows * u.row / cost, u.bound / (cost * d))
+    bound = u.bound / (cost * d) if u.bound.shape[-1] else u.bound
+    return Blocks(d * u.x, eq * u.eq / cost, rows * u.row / cost, bound)
 
 
 def bound_target(form: Form, active: Activity) -> Tensor:
@@ -311,7 +313,7 @@ def polish(form: Form, point: Point, weak_tolerance: float, most: int = 3) -> Po
         w = Blocks(clean.x, clean.nu, clean.lam, bound_force(form, clean))
         F = conditions(form, active, w, zero, zero)
         scaled = to_scaled(Blocks(*(-_clean(v) for v in F)), scaling)
-        u, _ = saddle.factor(rows_of(active)).solve_accurately(scaled)
+        u, _ = saddle.factor(rows_of(active), final=True).solve_accurately(scaled)
         step = Blocks(*(v.to(form.dtype) for v in to_original(u, scaling)))
         lam = torch.where(active.row, w.row + step.row, 0.0)
         x = w.x + step.x

@@ -106,6 +106,10 @@ class KnownProblem:
     def __repr__(self) -> str:
         return f"KnownProblem from {self.recipe}"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Print the recipe for Hypothesis and IPython, which would list all numbers otherwise."""
+        printer.text(repr(self))
+
 
 def quadratic_program(
     seed: int,

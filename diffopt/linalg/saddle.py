@@ -113,9 +113,11 @@ class Saddle:
             self._cache[with_bounds] = V, cross, P
         return self._cache[with_bounds]
 
-    def factor(self, rows: Rows) -> Factor:
-        """Factor the system for the rows that take part."""
-        return {"dual": _Dual, "diagonal": _Diagonal, "primal": _Primal}[self.reduction](self, rows)
+    def factor(self, rows: Rows, final: bool = False) -> Factor:
+        """Factor the system for the rows that take part; ``final`` for those of a final active set (e = 0)."""
+        if self.reduction == "primal":
+            return _Augmented(self, rows) if final else _Primal(self, rows)
+        return {"dual": _Dual, "diagonal": _Diagonal}[self.reduction](self, rows)
 
 
 class Factor:
@@ -330,39 +332,97 @@ class _Diagonal(Factor):
 
 
 class _Primal(Factor):
-    """Reduce to n x n: M = Q + rho + W_b + G' W G + A' A / delta, for any positive semidefinite Q."""
+    """Reduce to n x n for a Newton step: M = Q + rho + W_b + G' W G + A'A, then the equalities, p x p.
+
+    A'A does not change the solution (A x is given), and lets Q be singular where A holds x.
+    """
 
     def _factor(self) -> None:
         system = self.system
-        eq_weight = 1 / system.shift.eq
-        M = system.Q.dense() + system.A.mT @ (eq_weight.unsqueeze(-1) * system.A)
+        M = system.Q.dense() + system.A.mT @ system.A
         if system.G.shape[-2]:
             M = M + system.G.mT @ (self.row_weight.unsqueeze(-1) * system.G)
-        extra = system.shift.rho + (self.bound_weight if self.bound_weight.shape[-1] else 0.0)
-        M = M + torch.diag_embed(M.new_zeros(M.shape[-1]) + extra)
+        # Weights grow without bound near the solution; rho keeps pace with their rounding error.
+        diagonal = M.diagonal(dim1=-2, dim2=-1)
+        rho = (_ROUNDING * diagonal.amax(-1, keepdim=True)).clamp_min(system.shift.rho)
+        extra = rho + self.bound_weight if self.bound_weight.shape[-1] else rho
+        M = M + torch.diag_embed(extra.expand(*extra.shape[:-1], M.shape[-1]))
         self.M, self.failed = cholesky(M)
+        self.V = lower_solve(self.M, _with_batch(system.A.mT, self.M))
+        self.S, failed = cholesky(self.V.mT @ self.V + torch.diag_embed(system.shift.eq))
+        self.failed = self.failed | failed
 
     def raw(self, r: Blocks) -> Blocks:
         system = self.system
-        rx = r.x + rmatvec(system.A, r.eq / system.shift.eq) + rmatvec(system.G, self.row_weight * r.row)
+        rx = r.x + rmatvec(system.A, r.eq) + rmatvec(system.G, self.row_weight * r.row)
         if r.bound.shape[-1]:
             rx = rx + self.bound_weight * r.bound
-        x = cholesky_solve(self.M, rx)
-        eq = (matvec(system.A, x) - r.eq) / system.shift.eq
+        t = lower_solve(self.M, _with_batch(rx.unsqueeze(-1), self.M)).squeeze(-1)
+        eq = cholesky_solve(self.S, rmatvec(self.V, t) - r.eq)
+        x = upper_solve_vector(self.M, t - matvec(self.V, eq))
         row = self.row_weight * (matvec(system.G, x) - r.row)
         bound = self.bound_weight * (x - r.bound) if r.bound.shape[-1] else r.bound
         return Blocks(x, eq, row, bound)
 
     def dependent(self) -> Tensor:
-        # Rows of weight 1/delta give pivots of that size, one for each independent one.
-        heavy = _pivot_floor(self.M.dtype) / self._typical_delta()
-        rank = (pivots(self.M) > heavy.unsqueeze(-1)).sum(-1)
-        count = self.system.A.shape[-2] + self.rows.row_in.sum(-1) + self.rows.bound_in.sum(-1)
-        return (count - rank).clamp_min(0)
+        return (pivots(self.S) < _pivot_floor(self.S.dtype)).sum(-1)
 
-    def _typical_delta(self) -> Tensor:
-        shift = self.system.shift
-        return torch.stack(torch.broadcast_tensors(*(v.amax(-1) for v in shift[1:] if v.shape[-1]))).amax(0)
+
+class _Augmented(Factor):
+    """Like `_Primal` for a final active set: every row that takes part is held, none is only weighted.
+
+    With S = 1/(1 + e), M = Q + rho + W_b + A'A + G'SG and one row of the Schur complement for each equality
+    and inequality. Weighing active rows by 1/delta instead would bury Q and rho under rounding error.
+    """
+
+    def _factor(self) -> None:
+        system, rows = self.system, self.rows
+        self.soft = torch.where(rows.row_in, 1 / (1 + rows.row_e), 0.0)
+        M = system.Q.dense() + system.A.mT @ system.A
+        if system.G.shape[-2]:
+            M = M + system.G.mT @ (self.soft.unsqueeze(-1) * system.G)
+        extra = torch.full_like(M[..., 0], system.shift.rho)
+        extra = extra + self.bound_weight if self.bound_weight.shape[-1] else extra
+        self.M, self.failed = cholesky(M + torch.diag_embed(extra))
+        held = torch.where(rows.row_in, 1.0, torch.zeros_like(self.soft))
+        C = torch.cat(_same_batch(system.A, held.unsqueeze(-1) * system.G), -2)
+        self.V = lower_solve(self.M, _with_batch(C.mT, self.M))
+        slack = torch.where(rows.row_in, rows.row_e * (1 + rows.row_e) + system.shift.row, 1.0)
+        E = torch.cat(_same_batch_vectors(system.shift.eq, slack), -1)
+        self.S, failed = cholesky(self.V.mT @ self.V + torch.diag_embed(E))
+        self.failed = self.failed | failed
+
+    def raw(self, r: Blocks) -> Blocks:
+        system, rows, p = self.system, self.rows, r.eq.shape[-1]
+        rx = r.x + rmatvec(system.A, r.eq) + rmatvec(system.G, self.soft * r.row)
+        if r.bound.shape[-1]:
+            rx = rx + self.bound_weight * r.bound
+        t = lower_solve(self.M, _with_batch(rx.unsqueeze(-1), self.M)).squeeze(-1)
+        right = torch.cat(_same_batch_vectors(r.eq, torch.where(rows.row_in, r.row, 0.0)), -1)
+        y = cholesky_solve(self.S, rmatvec(self.V, t) - right)
+        x = upper_solve_vector(self.M, t - matvec(self.V, y))
+        eq, row = y[..., :p], torch.where(rows.row_in, (1 + rows.row_e) * y[..., p:], 0.0)
+        if not r.bound.shape[-1]:
+            return Blocks(x, eq, row, r.bound)
+        # A stiff bound's force comes from stationarity; weight * (x - r) would cancel.
+        rest = r.x - system.Q.matvec(x) - rmatvec(system.A, eq) - rmatvec(system.G, row)
+        bound = torch.where(self.bound_weight > 1, rest, self.bound_weight * (x - r.bound))
+        return Blocks(x, eq, row, torch.where(rows.bound_in, bound, 0.0))
+
+    def dependent(self) -> Tensor:
+        taking_part = torch.cat(
+            _same_batch_vectors(torch.ones_like(self.system.shift.eq).bool(), self.rows.row_in), -1
+        )
+        return (taking_part & (pivots(self.S) < _pivot_floor(self.S.dtype))).sum(-1)
+
+
+_ROUNDING = 4e-15
+"""Of the largest diagonal entry of M: what its Cholesky factorisation may lose."""
+
+
+def _with_batch(matrix: Tensor, like: Tensor) -> Tensor:
+    """Expand a matrix by the batch dimensions of ``like``."""
+    return matrix.expand(*torch.broadcast_shapes(matrix.shape[:-2], like.shape[:-2]), *matrix.shape[-2:])
 
 
 def _pivot_floor(dtype: torch.dtype) -> float:

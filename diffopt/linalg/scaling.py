@@ -89,8 +89,7 @@ def regularisation(scaling: Scaling, reduction: str) -> Shift:
     The deltas are weighed so that the length they favour is that of the duals in original units
     (rows times their scale), within a factor of 10 of the average: more would hide rows from the factor.
     """
-    primal = reduction == "primal"
-    delta, rho = (1e-8, 1e-10) if primal else (1e-10, 0.0)
+    delta, rho = 1e-10, (1e-9 if reduction == "primal" else 0.0)
     logs = [scaling.eq.log2(), scaling.rows.log2(), -scaling.d.log2()]
     count = sum(v.shape[-1] for v in logs)
     centre = sum(v.sum(-1, keepdim=True) for v in logs) / count

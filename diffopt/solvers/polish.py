@@ -69,7 +69,7 @@ def polish(qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Te
 
 
 def _factor(qp: ScaledQP, system: Saddle, active: Tensor) -> Factor:
-    return system.factor(active_rows(qp, active))
+    return system.factor(active_rows(qp, active), final=True)
 
 
 def active_rows(qp: ScaledQP, active: Tensor) -> Rows:
