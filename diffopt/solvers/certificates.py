@@ -92,11 +92,11 @@ class Auxiliary(NamedTuple):
 def least_infeasibility(qp: ScaledQP) -> Auxiliary:
     """Return the first auxiliary problem, over (x, r, t): Ax - r = b, Gx - t <= h, bounds on x.
 
-    A small ridge on x selects one of its solutions; certificates are exact for any.
+    x need not be unique; r and t are, and the certificate with them. (A ridge on x would spoil its balance.)
     """
     n, p, m, batch = qp.n, qp.p, qp.m, qp.batch
     size = n + p + m
-    weight = torch.cat([qp.q.new_full((n,), 1e-6), qp.q.new_ones(p + m)])
+    weight = torch.cat([qp.q.new_zeros(n), qp.q.new_ones(p + m)])
     eye_p, eye_m = torch.eye(p, dtype=qp.q.dtype, device=qp.q.device), torch.eye(m, dtype=qp.q.dtype, device=qp.q.device)
     A = torch.cat([qp.A, (-eye_p).expand(*qp.A.shape[:-2], p, p), qp.A.new_zeros(*qp.A.shape[:-2], p, m)], -1)
     G = torch.cat([qp.G, qp.G.new_zeros(*qp.G.shape[:-2], m, p), (-eye_m).expand(*qp.G.shape[:-2], m, m)], -1)

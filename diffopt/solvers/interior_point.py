@@ -32,7 +32,9 @@ class Outcome(NamedTuple):
     failed: Tensor
 
 
-def solve(qp: ScaledQP, system: Saddle, run: Tensor, tolerance: float, max_iterations: int) -> Outcome:
+def solve(
+    qp: ScaledQP, system: Saddle, run: Tensor, tolerance: float, max_iterations: int, bounded: bool = False
+) -> Outcome:
     """Solve the instances marked in ``run`` by Mehrotra's predictor-corrector method.
 
     Every instance stops by its own residuals; one that has stopped is frozen, and nothing that
@@ -44,6 +46,7 @@ def solve(qp: ScaledQP, system: Saddle, run: Tensor, tolerance: float, max_itera
         run: ``(*batch,)`` bool.
         tolerance: worst relative residual, in original and in equilibrated units.
         max_iterations: at least 1.
+        bounded: the objective is known to be strictly convex, so unboundedness is not looked for.
 
     References:
         Mehrotra (1992), "On the implementation of a primal-dual interior point method"; for QPs and
@@ -67,6 +70,7 @@ def solve(qp: ScaledQP, system: Saddle, run: Tensor, tolerance: float, max_itera
         gained = ~stopped & (residual < best_residual)
         best, best_residual = state.where(gained, best), torch.where(gained, residual, best_residual)
         infeasible, unbounded = _certificates(qp, state)
+        unbounded = unbounded & (not bounded)
         proven = ~stopped & (residual > tolerance) & (infeasible | unbounded)
         best = state.where(proven, best)
         primal_infeasible = primal_infeasible | (proven & infeasible)

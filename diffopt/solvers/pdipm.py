@@ -151,15 +151,18 @@ def choose_reduction(qp: ScaledQP, wanted: str) -> tuple[str, Tensor]:
         wanted = "diagonal" if structured else ("dual" if rows <= WIDEST * qp.n else "primal")
     if wanted == "diagonal" and not structured:
         wanted = "primal"
-    if wanted == "diagonal":
-        diagonal = qp.Q.tensors()[0]
-        safe = diagonal.amin(-1) * SAFE_CONDITION >= diagonal.amax(-1).clamp_min(1e-8)
-        return wanted, everywhere & safe
-    if wanted == "dual":
+    return wanted, everywhere if wanted == "primal" else everywhere & _strictly_convex(qp)
+
+
+def _strictly_convex(qp: ScaledQP) -> Tensor:
+    """Return where Q is positive definite with an estimated condition up to `SAFE_CONDITION`."""
+    if isinstance(qp.Q, Dense):
         factor, failed = cholesky(qp.Q.dense())
         size = pivots(factor)
-        return wanted, everywhere & ~failed & (size.amin(-1) * SAFE_CONDITION >= size.amax(-1))
-    return "primal", everywhere
+    else:
+        size = qp.Q.tensors()[0]
+        failed = ~(size > 0).all(-1)
+    return ~failed & (size.amin(-1) * SAFE_CONDITION >= size.amax(-1))
 
 
 def _solve_scaled(
@@ -176,7 +179,8 @@ def _solve_scaled(
         if reduction == "primal":
             group = group & ~_nonconvex(qp)
         saddle = Saddle(qp.Q, qp.A, qp.G, reduction, regularisation(qp.scaling, reduction))
-        outcome = interior_point.solve(qp, saddle, group, tolerance, settings.max_iterations)
+        convex = saddle.reduction != "primal"
+        outcome = interior_point.solve(qp, saddle, group, tolerance, settings.max_iterations, bounded=convex)
         if settings.polish:
             close = group & (outcome.residual <= max(tolerance, 1e-6)) & ~outcome.primal_infeasible
             done = polish(qp, saddle, outcome.state, outcome.residual, close)
@@ -221,11 +225,14 @@ def _certify(
     status = torch.where(open_ & nonconvex, Status.NUMERICAL_ERROR, status)
     open_ = open_ & ~nonconvex
     claim(certificates.check_primal(qp, outcome.state, open_ & outcome.primal_infeasible), Status.PRIMAL_INFEASIBLE)
-    claim(certificates.check_dual(qp, outcome.state.x, open_ & outcome.dual_infeasible), Status.DUAL_INFEASIBLE)
     if bool(open_.any()):
+        # Before unboundedness: an instance can be both, and then there is no x at all.
         state = _auxiliary(certificates.least_infeasibility(qp), qp.batch, open_)
         nu, z, y = _infeasibility_multipliers(qp, state)
         claim(certificates.check_primal(qp, outcome.state._replace(nu=nu, z=z, y=y), open_), Status.PRIMAL_INFEASIBLE)
+    # A strictly convex objective is bounded below, whatever a direction of tiny curvature suggests.
+    open_ = open_ & ~_strictly_convex(qp)
+    claim(certificates.check_dual(qp, outcome.state.x, open_ & outcome.dual_infeasible), Status.DUAL_INFEASIBLE)
     if bool(open_.any()):
         x = _auxiliary(certificates.steepest_recession(qp), qp.batch, open_).x
         claim(certificates.check_dual(qp, x, open_), Status.DUAL_INFEASIBLE)
