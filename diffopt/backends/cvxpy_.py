@@ -7,6 +7,7 @@ import warnings
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,9 +142,11 @@ def _solve_instance(data: dict[str, Tensor], solver: str, options: dict[str, Any
         "lam_upper": lambda i: x[i] <= upper[i],
     }
     constraints = {name: make[name](mask.nonzero()[0]) for name, mask in present.items() if mask.any()}
+    # Conic solvers refuse a problem without any constraint.
+    unconstrained = [] if constraints else [np.zeros(q.size) @ x <= 1]
     # psd_wrap: CVXPY's own test of Q fails by rounding, and `screen` has refused an indefinite Q.
     cost = q @ x + (0.5 * cp.quad_form(x, cp.psd_wrap(Q)) if Q.any() else 0)
-    problem = cp.Problem(cp.Minimize(cost), list(constraints.values()))
+    problem = cp.Problem(cp.Minimize(cost), [*constraints.values(), *unconstrained])
     code = _run(problem, solver, options)
     if code == "infeasible_or_unbounded":
         feasibility = _run(cp.Problem(cp.Minimize(0), problem.constraints), solver, options)

@@ -51,9 +51,9 @@ SMOOTH_STATUSES = {
 """From the statuses of ``minimize`` to ours; any other code is NUMERICAL_ERROR. SLSQP often ends at a
 solution because rounding hides every descent (code 8): `Backend.solve` believes its residuals."""
 
-ITERATIONS = 100
-"""Iterations of these methods for each of `Settings.max_iterations`, which counts those of an
-interior-point method: simplex, SQP and trust-region iterations are smaller steps."""
+LINEAR_ITERATIONS, SMOOTH_ITERATIONS = 100, 10
+"""Iterations of ``linprog`` and of ``minimize`` for each of `Settings.max_iterations`, which counts those of
+an interior-point method: simplex, SQP and trust-region iterations are smaller steps."""
 
 LINEAR_TOLERANCE = 1e-10
 """Primal and dual feasibility of HiGHS, absolute; the tightest that it takes."""
@@ -68,7 +68,7 @@ curvature is no ray, however small the curvature."""
 DEPENDENT = 1e-10
 """Singular values of A below this times the largest are zero."""
 
-INSIDE = 1e-8
+INSIDE = 1e-12
 """How far inside its bounds a nonlinear problem is evaluated, in units of x; the polish goes the rest."""
 
 SLSQP_TOLERANCE = 1e-14
@@ -84,7 +84,7 @@ with slack 1e-7 it distorts the multiplier by 1e-10, at an inactive one with sla
 NEAR = 1e-4
 """Relative residual from which the polish usually goes on by itself."""
 
-CUTS = 30
+CUTS = 100
 """Cutting planes tried as a proof of infeasibility."""
 
 FAR = 1e8
@@ -121,7 +121,7 @@ class ScipyBackend(Backend):
 
     def _solve(self, form: Form, settings: Settings) -> RawPoint:
         methods = ("SLSQP", "trust-constr") if self.method == "auto" else (self.method,)
-        limit = ITERATIONS * settings.max_iterations
+        limit = settings.max_iterations
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about accuracy and degeneracy, which `Backend.solve` measures itself
             if isinstance(form, QPForm):
@@ -182,7 +182,7 @@ def _multipliers(result: Any, present: Any) -> dict[str, Tensor]:
 
 def _solve_linear(data: dict[str, Tensor], limit: int) -> InstancePoint:
     rows, present = _rows(data)
-    result = _linprog(data["q"].numpy(), rows, limit)
+    result = _linprog(data["q"].numpy(), rows, LINEAR_ITERATIONS * limit)
     status = LINEAR_STATUSES.get(result.status, Status.NUMERICAL_ERROR)
     point = InstancePoint(status, iterations=int(result.nit), executor="HiGHS")
     if status == Status.SOLVED:
@@ -288,7 +288,7 @@ def _solve_qp(data: dict[str, Tensor], methods: tuple[str, ...], limit: int) -> 
         return without_solution
     present = torch.isfinite(data["h"])
     form = QPForm(**data | {"G": data["G"][present], "h": data["h"][present]})
-    point, _ = _solve_smooth(_Smooth(form, start), methods, limit)
+    point = _solve_smooth(_Smooth(form, start), methods, limit)
     if point.lam is not None:
         lam = torch.zeros_like(data["h"])
         lam[present] = point.lam
@@ -405,13 +405,10 @@ class _Smooth:
         return self.cost * self.d[:, None] * both * self.d - self.hessian(y)
 
 
-def _solve_smooth(problem: _Smooth, methods: tuple[str, ...], limit: int) -> tuple[InstancePoint, float]:
-    """Return the best of the points that the methods find, and its worst residual.
-
-    They are tried in order until one is `NEAR` a solution.
-    """
+def _solve_smooth(problem: _Smooth, methods: tuple[str, ...], limit: int) -> InstancePoint:
+    """Return the best of the points that the methods find, tried in order until one is `NEAR` a solution."""
     best, least, spent = InstancePoint(Status.NUMERICAL_ERROR), np.inf, 0
-    for method in methods if problem.start is not None else ():
+    for method in methods:
         try:
             y, code, iterations = _minimize(problem, method, limit)
             multipliers = _multipliers_at(problem, y)
@@ -425,7 +422,10 @@ def _solve_smooth(problem: _Smooth, methods: tuple[str, ...], limit: int) -> tup
             best, least = InstancePoint(status, x, *multipliers, executor=method), worst
         if least <= NEAR:
             break
-    return replace(best, iterations=spent), least
+        # A quadratic program has been shown to have a solution before.
+        if problem.nonlinear and (status := _without_solution(problem, y)) is not None:
+            return InstancePoint(status, iterations=spent, executor=method)
+    return replace(best, iterations=spent)
 
 
 def _minimize(problem: _Smooth, method: str, limit: int) -> tuple[Any, int, int]:
@@ -435,14 +435,14 @@ def _minimize(problem: _Smooth, method: str, limit: int) -> tuple[Any, int, int]
     C, c = problem.equalities
     constraints: list[Any] = []
     if method == "SLSQP":
-        options = {"maxiter": limit, "ftol": SLSQP_TOLERANCE}
+        options = {"maxiter": SMOOTH_ITERATIONS * limit, "ftol": SLSQP_TOLERANCE}
         if len(C):
             constraints.append({"type": "eq", "fun": lambda y: C @ y - c, "jac": lambda y: C})
         if problem.form.m:
             inside = {"fun": lambda y: -problem.inequalities(y), "jac": lambda y: -problem.jacobian(y)}
             constraints.append({"type": "ineq"} | inside)
     else:
-        options = {"maxiter": limit} | TRUST_TOLERANCES
+        options = {"maxiter": SMOOTH_ITERATIONS * limit} | TRUST_TOLERANCES
         if len(C):
             constraints.append(LinearConstraint(C, c, c))
         if problem.form.m:
@@ -524,18 +524,18 @@ def _solve_nonlinear(form: NonlinearForm, methods: tuple[str, ...], limit: int) 
     if problem.start is None:
         infinite = any(value.isinf().any() for value in form.params.values())
         return InstancePoint(Status.NONFINITE_INPUT if infinite else Status.NUMERICAL_ERROR)
-    point, residual = _solve_smooth(problem, methods, limit)
-    if residual <= NEAR:
-        return point
-    y = problem.start if point.x is None else point.x.numpy() / problem.d
+    return _solve_smooth(problem, methods, limit)
+
+
+def _without_solution(problem: _Smooth, y: Any) -> Status | None:
+    """Return PRIMAL_INFEASIBLE or DUAL_INFEASIBLE if a method that ended at y, no solution, did so for that."""
+    if not np.isfinite(y).all():
+        return None
     C, c = problem.equalities
     missed = max(np.abs(C @ y - c).max(initial=0), problem.inequalities(y).max(initial=0))
-    status = point.status
     if missed > ALMOST * (1 + np.abs(y).max()):
-        status = Status.PRIMAL_INFEASIBLE if _cut_off(problem, y) else status
-    elif _falls_forever(problem, y):
-        status = Status.DUAL_INFEASIBLE
-    return point if status == point.status else InstancePoint(status, iterations=point.iterations)
+        return Status.PRIMAL_INFEASIBLE if _cut_off(problem, y) else None
+    return Status.DUAL_INFEASIBLE if _falls_forever(problem, y) else None
 
 
 def _cut_off(problem: _Smooth, y: Any) -> bool:
@@ -565,7 +565,7 @@ def _falls_forever(problem: _Smooth, y: Any) -> bool:
     and every constraint still holds there, there is no minimum.
     """
     d = y - problem.start
-    if not (np.isfinite(d).all() and np.abs(d).max() >= 1):
+    if np.abs(d).max() < 1:
         return False
     d = d / np.abs(d).max()
     far, beyond = y + FAR * d, y + 2 * FAR * d

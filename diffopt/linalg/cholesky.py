@@ -16,7 +16,8 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     failed = (info != 0) | ~torch.isfinite(pivots).all(-1)
     if bool(failed.any()):
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        factor = torch.where(failed[..., None, None], eye, factor)
+        # In place: a copy may be laid out otherwise, and other kernels would change the neighbours' last bits.
+        factor.copy_(torch.where(failed[..., None, None], eye, factor))
     return factor, failed
 
 
@@ -49,6 +50,15 @@ def upper_solve_vector(factor: Tensor, vector: Tensor) -> Tensor:
         flat = vector.reshape(-1, vector.shape[-1])
         return torch.linalg.solve_triangular(factor.mT, flat.mT, upper=True).mT.reshape(vector.shape)
     return torch.linalg.solve_triangular(factor.mT, vector.unsqueeze(-1), upper=True).squeeze(-1)
+
+
+def add_diagonal(matrix: Tensor, diagonal: Tensor) -> Tensor:
+    """Return matrix + diag(diagonal), broadcasting; ``matrix`` is a temporary and may be overwritten."""
+    batch = torch.broadcast_shapes(matrix.shape[:-2], diagonal.shape[:-1])
+    if matrix.shape[:-2] != batch:
+        matrix = matrix.expand(*batch, *matrix.shape[-2:]).clone()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+    return matrix
 
 
 def pivots(factor: Tensor) -> Tensor:

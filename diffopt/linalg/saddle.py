@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt.linalg.cholesky import cholesky, cholesky_solve, lower_solve, pivots, upper_solve_vector
+from diffopt.linalg.cholesky import add_diagonal, cholesky, cholesky_solve, lower_solve, pivots, upper_solve_vector
 from diffopt.linalg.matrices import DiagonalPlusLowRank, SymmetricMatrix
 from diffopt.shapes import matvec, max_abs, rmatvec
 
@@ -95,7 +95,7 @@ class Saddle:
         self.V_eq = lower_solve(self.L, self.A.mT)
         self.V_row = lower_solve(self.L, self.G.mT)
         self.V_bound = torch.linalg.solve_triangular(self.L, eye, upper=False)
-        self.S_eq, failed = cholesky(self.V_eq.mT @ self.V_eq + torch.diag_embed(self.shift.eq))
+        self.S_eq, failed = cholesky(add_diagonal(self.V_eq.mT @ self.V_eq, self.shift.eq))
         self.failed = self.failed | failed
         self._cache: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -204,17 +204,23 @@ class Factor:
                 break
         return best, torch.where(size > 0, error / torch.where(size > 0, size, 1.0), 0.0)
 
-    def null_part(self, u: Blocks, rounds: int = 3) -> Blocks:
-        """Return the part of u in the null space of K: (K + R)^-1 R keeps it and shrinks the rest."""
-        for _ in range(rounds):
-            u = self.raw(self.shifted(u))
+    def without_null_part(self, u: Blocks) -> Blocks:
+        """Return u without its part in the null space of K.
+
+        (K + R)^-1 R keeps that part, up to the relative error of the smallest pivots, and shrinks the rest
+        by delta; applied twice it leaves the rest alone. Removing once leaves an error times the part,
+        so remove again.
+        """
+        for _ in range(2):
+            part = self.raw(self.shifted(self.raw(self.shifted(u))))
+            u = u.minus(part)
         return u
 
-    def inconsistent_part(self, r: Blocks, rounds: int = 3) -> Blocks:
-        """Return the part of r outside the range of K: R (K + R)^-1 keeps it and shrinks the rest."""
-        r = self.mask(r)
-        for _ in range(rounds):
-            r = self.shifted(self.raw(r))
+    def consistent_part(self, r: Blocks) -> Blocks:
+        """Return r without its part outside the range of K, which R (K + R)^-1 keeps; as above."""
+        for _ in range(3):
+            part = self.shifted(self.raw(self.shifted(self.raw(r))))
+            r = r.minus(part)
         return r
 
 
@@ -229,10 +235,8 @@ def solve_minimum_norm(factor: Factor, r: Blocks) -> tuple[Blocks, Tensor]:
     if not bool(dependent.any()):
         return factor.solve_accurately(r)
     r = factor.mask(r)
-    outside = factor.inconsistent_part(r)
-    zero = Blocks(*(torch.zeros_like(v) for v in outside))
-    u, residual = factor.solve_accurately(r.minus(outside.where(dependent, zero)))
-    return u.minus(factor.null_part(u).where(dependent, zero)), residual
+    u, residual = factor.solve_accurately(factor.consistent_part(r).where(dependent, r))
+    return factor.without_null_part(u).where(dependent, u), residual
 
 
 class _Dual(Factor):
@@ -247,8 +251,7 @@ class _Dual(Factor):
             weight = torch.cat(_same_batch_vectors(weight, self.bound_weight), -1)
         self.root = weight.sqrt()
         S = self.root.unsqueeze(-1) * P * self.root.unsqueeze(-2)
-        S.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        self.S, failed = cholesky(S)
+        self.S, failed = cholesky(add_diagonal(S, torch.ones_like(self.root)))
         self.failed = failed | system.failed
 
     def raw(self, r: Blocks) -> Blocks:
@@ -292,8 +295,7 @@ class _Diagonal(Factor):
         self.B = torch.cat(_same_batch(*blocks), -2) if len(blocks) > 1 else blocks[0]
         self.E = torch.cat(_same_batch_vectors(*shifts), -1) if len(shifts) > 1 else shifts[0]
         half = self.B * self.H.rsqrt().unsqueeze(-2)
-        S = half @ half.mT + torch.diag_embed(self.E)
-        self.S, failed = cholesky(S)
+        self.S, failed = cholesky(add_diagonal(half @ half.mT, self.E))
         self.failed = failed | ~(self.H > 0).all(-1)
 
     def raw(self, r: Blocks) -> Blocks:
@@ -342,14 +344,14 @@ class _Primal(Factor):
         M = system.Q.dense() + system.A.mT @ system.A
         if system.G.shape[-2]:
             M = M + system.G.mT @ (self.row_weight.unsqueeze(-1) * system.G)
+        # (M is a new tensor: the product with A, even an empty one, is added to Q.)
         # Weights grow without bound near the solution; rho keeps pace with their rounding error.
         diagonal = M.diagonal(dim1=-2, dim2=-1)
         rho = (_ROUNDING * diagonal.amax(-1, keepdim=True)).clamp_min(system.shift.rho)
         extra = rho + self.bound_weight if self.bound_weight.shape[-1] else rho
-        M = M + torch.diag_embed(extra.expand(*extra.shape[:-1], M.shape[-1]))
-        self.M, self.failed = cholesky(M)
+        self.M, self.failed = cholesky(add_diagonal(M, extra))
         self.V = lower_solve(self.M, _with_batch(system.A.mT, self.M))
-        self.S, failed = cholesky(self.V.mT @ self.V + torch.diag_embed(system.shift.eq))
+        self.S, failed = cholesky(add_diagonal(self.V.mT @ self.V, system.shift.eq))
         self.failed = self.failed | failed
 
     def raw(self, r: Blocks) -> Blocks:
@@ -383,13 +385,13 @@ class _Augmented(Factor):
             M = M + system.G.mT @ (self.soft.unsqueeze(-1) * system.G)
         extra = torch.full_like(M[..., 0], system.shift.rho)
         extra = extra + self.bound_weight if self.bound_weight.shape[-1] else extra
-        self.M, self.failed = cholesky(M + torch.diag_embed(extra))
+        self.M, self.failed = cholesky(add_diagonal(M, extra))
         held = torch.where(rows.row_in, 1.0, torch.zeros_like(self.soft))
         C = torch.cat(_same_batch(system.A, held.unsqueeze(-1) * system.G), -2)
         self.V = lower_solve(self.M, _with_batch(C.mT, self.M))
         slack = torch.where(rows.row_in, rows.row_e * (1 + rows.row_e) + system.shift.row, 1.0)
         E = torch.cat(_same_batch_vectors(system.shift.eq, slack), -1)
-        self.S, failed = cholesky(self.V.mT @ self.V + torch.diag_embed(E))
+        self.S, failed = cholesky(add_diagonal(self.V.mT @ self.V, E))
         self.failed = self.failed | failed
 
     def raw(self, r: Blocks) -> Blocks:

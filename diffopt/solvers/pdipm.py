@@ -114,7 +114,8 @@ def screen(data: Data) -> Screen:
         wrong = ~torch.isfinite(tensor) if allowed is None else torch.isnan(tensor) | (tensor == -allowed)
         where = wrong.flatten(tensor.dim() - dims).any(-1) if dims else wrong
         bad = bad | where
-        return torch.where(wrong, 0.0, tensor) if bool(where.any()) else tensor
+        # One layout in either case: other kernels would change the neighbours' last bits.
+        return torch.where(wrong, 0.0, tensor).contiguous()
 
     Q = data.Q.with_tensors(*(clean(t, k) for t, k in zip(data.Q.tensors(), data.Q.core_dims(), strict=True)))
     q, b = clean(data.q, 1), clean(data.b, 1)
