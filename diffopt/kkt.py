@@ -48,11 +48,8 @@ def derived(form: Form, x: Tensor, lam: Tensor, nu: Tensor) -> Derivatives:
         constraints = (nu * form.equalities(x)).sum() + (lam * form.inequalities(x)).sum()
         return form.objective(x).sum() + constraints
 
-    slope = torch.func.grad(lagrangian)
-    basis = torch.eye(form.n, dtype=x.dtype, device=x.device)
-    directions = basis.reshape(form.n, *[1] * (x.dim() - 1), form.n).expand(form.n, *x.shape)
-    columns = torch.func.vmap(lambda v: torch.func.jvp(slope, (x,), (v,))[1])(directions)
-    hessian = columns.movedim(0, -2)
+    # By reverse mode twice: forward mode inside would forbid forward mode outside.
+    hessian = _jacobian(torch.func.grad(lagrangian), x)
     return Derivatives(
         gradient(form, x),
         Dense(0.5 * (hessian + hessian.mT)),

@@ -360,6 +360,9 @@ class _Smooth:
         away = left[:, :rank].T @ (self.eq * self.form.equalities(torch.from_numpy(x)).numpy()) / values[:rank]
         self.equalities = right[:rank], right[:rank] @ self.start - away
         self.kernel = right[rank:].T
+        level = self.start - right[:rank].T @ (right[:rank] @ self.start - self.equalities[1])
+        if (level > self.lower).all() and (level < self.upper).all() and self._finite(self.d * level):
+            self.start = level  # trust-constr stalls between the equalities and a barrier
         self.derived = None
 
     def point(self, y: Any) -> Tensor:
@@ -409,19 +412,21 @@ def _solve_smooth(problem: _Smooth, methods: tuple[str, ...], limit: int) -> Ins
     """Return the best of the points that the methods find, tried in order until one is `NEAR` a solution."""
     best, least, spent = InstancePoint(Status.NUMERICAL_ERROR), np.inf, 0
     for method in methods:
+        y = problem.start
         try:
             y, code, iterations = _minimize(problem, method, limit)
+            spent += iterations
             multipliers = _multipliers_at(problem, y)
         except (ValueError, ArithmeticError, RuntimeError, np.linalg.LinAlgError):
-            continue  # values that the method or its linear algebra cannot take
-        spent += iterations
-        x = problem.point(y)
-        point = kkt.Point(x, -problem.form.inequalities(x), *multipliers)
-        if (worst := float(kkt.residuals(problem.form, point).worst())) < least:
-            status = SMOOTH_STATUSES[method].get(code, Status.NUMERICAL_ERROR)
-            best, least = InstancePoint(status, x, *multipliers, executor=method), worst
-        if least <= NEAR:
-            break
+            pass  # values that the method or its linear algebra cannot take
+        else:
+            x = problem.point(y)
+            point = kkt.Point(x, -problem.form.inequalities(x), *multipliers)
+            if (worst := float(kkt.residuals(problem.form, point).worst())) < least:
+                status = SMOOTH_STATUSES[method].get(code, Status.NUMERICAL_ERROR)
+                best, least = InstancePoint(status, x, *multipliers, executor=method), worst
+            if least <= NEAR:
+                break
         # A quadratic program has been shown to have a solution before.
         if problem.nonlinear and (status := _without_solution(problem, y)) is not None:
             return InstancePoint(status, iterations=spent, executor=method)
@@ -559,18 +564,22 @@ def _cut_off(problem: _Smooth, y: Any) -> bool:
 
 
 def _falls_forever(problem: _Smooth, y: Any) -> bool:
-    """Return whether the objective falls without end from the start through y, as far as `FAR` can tell.
+    """Return whether the objective falls without end along a ray from y, as far as `FAR` can tell.
 
     The slope of a convex objective along a ray only grows: where it is still clearly negative far out,
-    and every constraint still holds there, there is no minimum.
+    and every constraint still holds there, there is no minimum. Tried are the way from the start to y, and
+    the steepest descent that keeps the equalities.
     """
-    d = y - problem.start
-    if np.abs(d).max() < 1:
-        return False
-    d = d / np.abs(d).max()
-    far, beyond = y + FAR * d, y + 2 * FAR * d
+    slope = problem.gradient(y)
     C, c = problem.equalities
-    inside = (beyond >= problem.lower).all() and (beyond <= problem.upper).all()
-    inside = inside and (np.abs(C @ beyond - c) <= ALMOST * FAR).all() and (problem.inequalities(beyond) <= 0).all()
-    fall = problem.objective(far) - problem.objective(beyond)
-    return bool(inside and np.isfinite(fall) and fall > ALMOST * FAR * np.abs(problem.gradient(y)).max())
+    for d in (y - problem.start, -problem.kernel @ (problem.kernel.T @ slope)):
+        if (length := np.abs(d).max()) == 0 or not np.isfinite(length):
+            continue
+        far, beyond = y + FAR * d / length, y + 2 * FAR * d / length
+        inside = (beyond >= problem.lower).all() and (beyond <= problem.upper).all()
+        inside = inside and np.abs(C @ beyond - c).max(initial=0) <= ALMOST * FAR
+        inside = inside and problem.inequalities(beyond).max(initial=0) <= 0
+        fall = problem.objective(far) - problem.objective(beyond)
+        if inside and np.isfinite(fall) and fall > ALMOST * FAR * np.abs(slope).max():
+            return True
+    return False

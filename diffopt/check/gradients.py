@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -193,24 +193,27 @@ def gradients(
     rows: list[Row] = []
     for leaf in leaves:
         records = {output: _Record(leaf, base) for output in outputs}
-        for _ in range(directions):
-            move = _mover(leaf, step, generator)
-            high, low = move(step), move(-step)
-            with torch.no_grad():
-                above, pattern_above = run(start | {leaf.name: high})
-                below, pattern_below = run(start | {leaf.name: low})
+        movers = [_mover(leaf, step, generator) for _ in range(directions)]
+        points = [move(sign * step) for move in movers for sign in (1.0, -1.0)]
+        with torch.no_grad():
+            ends = _ends(
+                leaf, points, outputs, lambda moved, leaf=leaf: run(start | {leaf.name: moved}), len(kinks.shape)
+            )
+        for k in range(directions):
+            high, low = points[2 * k : 2 * k + 2]
+            above, below = ends[2 * k : 2 * k + 2]
             # Rounding moved the two ends a little: differentiate along what they really differ by.
             direction = torch.where(leaf.tensor.isfinite(), (high - low) / (2 * step), 0.0)
-            same = ((pattern_above == pattern) & (pattern_below == pattern)).all(-1)
+            same = ((above.pattern == pattern) & (below.pattern == pattern)).all(-1)
             codes = torch.where(kinks == 0, torch.where(same, 0, MOVED), kinks)
             codes = torch.where((kinks == 0) & ~(above.ok & below.ok), FAILED, codes)
             for output, record in records.items():
                 cotangent = cotangents[output]
-                kept = (codes == 0).reshape(*codes.shape, *[1] * (cotangent.dim() - codes.dim()))
+                kept = codes == 0 if output == "value" else (codes == 0).unsqueeze(-1)
                 # An instance whose incoming gradient is exactly zero contributes nothing, whatever its state.
                 weights = torch.where(kept, cotangent, 0.0)
                 gradient = _pulled_back(getattr(base, output), weights, tracked[leaf.name])
-                change = (getattr(above, output) - getattr(below, output)) / (2 * step)
+                change = (above.outputs[output] - below.outputs[output]) / (2 * step)
                 numeric = torch.where(kept, weights * change, 0.0)
                 record.add(codes, gradient * direction, numeric if output == "value" else numeric.sum(-1))
         rows += [record.row(leaf.name, output) for output, record in records.items()]
@@ -234,6 +237,33 @@ class _Leaf:
 
     def batch_shape(self) -> torch.Size:
         return torch.Size() if self.core is None else self.tensor.shape[: self.tensor.dim() - self.core]
+
+
+class _End(NamedTuple):
+    """A solution with one parameter moved: its outputs, which constraints are active, what is solved."""
+
+    outputs: dict[str, Tensor]
+    pattern: Tensor
+    ok: Tensor
+
+
+def _ends(
+    leaf: _Leaf,
+    points: list[Tensor],
+    outputs: Sequence[str],
+    run: Callable[[Tensor], tuple[Solution, Tensor]],
+    batch_dims: int,
+) -> list[_End]:
+    """Solve with the parameter at each of the points, in one batch where its batch dimensions are known."""
+    if leaf.core is None:
+        solved = [run(point) for point in points]
+        return [_End({o: getattr(s, o) for o in outputs}, pattern, s.ok) for s, pattern in solved]
+    # A leading dimension for the points, then the batch, to which this parameter's own dimensions align.
+    gap = [1] * (batch_dims - len(leaf.batch_shape()))
+    moved = torch.stack(points) if points else leaf.tensor.new_zeros((0, *leaf.tensor.shape))
+    solution, pattern = run(moved.reshape(len(points), *gap, *leaf.tensor.shape))
+    values = {o: getattr(solution, o) for o in outputs}
+    return [_End({o: v[i] for o, v in values.items()}, pattern[i], solution.ok[i]) for i in range(len(points))]
 
 
 class _Record:

@@ -212,6 +212,7 @@ def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> Symmetric
             f"`Q` is {Q.shape[-1]} x {Q.shape[-1]} but `q` has {n} entries. "
             f"Expected Q of shape (*batch, {n}, {n}), got {tuple(Q.shape)}."
         )
+    check_same_kind({"Q": Q})  # before the arithmetic below makes floats of integers
     return Dense(0.5 * (Q + Q.mT))
 
 

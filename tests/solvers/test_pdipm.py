@@ -1,0 +1,211 @@
+"""The primary solver on ordinary, degenerate and impossible data: status, accuracy, certificates."""
+
+import diffopt
+import pytest
+import torch
+from diffopt import Diagonal, Settings, Status
+
+f64 = torch.float64
+REDUCTIONS = ["dual", "primal"]
+
+
+def optnet(batch, n, m, p=0, seed=0):
+    """Problems of OptNet's timing experiment: cond(Q) about 1e4 to 1e6, half of the rows active."""
+    g = torch.Generator().manual_seed(seed)
+    U = torch.rand(batch, n, n, dtype=f64, generator=g)
+    x0, G, A, q = (torch.randn(batch, *s, dtype=f64, generator=g) for s in ((n,), (m, n), (p, n), (n,)))
+    h = (G @ x0[..., None])[..., 0] + torch.rand(batch, m, dtype=f64, generator=g)
+    return U @ U.mT + 1e-3 * torch.eye(n, dtype=f64), q, A, (A @ x0[..., None])[..., 0], G, h
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("sizes", [(16, 10, 10, 0), (8, 20, 30, 5), (4, 60, 60, 10)])
+def test_optnet_problems_to_rounding(sizes, reduction):
+    solution = diffopt.solve_qp(*optnet(*sizes), settings=Settings(reduction=reduction))
+    assert solution.executor == f"torch:{reduction}"
+    assert solution.residuals.worst().max() < 1e-12
+    assert solution.iterations.max() <= 20
+
+
+def test_reductions_agree():
+    Q, q, A, b, G, h = optnet(8, 12, 8, 3)
+    d = Q.diagonal(dim1=-2, dim2=-1)
+    answers = {}
+    for reduction in ("diagonal", "dual", "primal"):
+        matrix = Diagonal(d) if reduction == "diagonal" else torch.diag_embed(d)
+        settings = Settings(reduction=reduction)
+        answers[reduction] = diffopt.solve_qp(matrix, q, A, b, G, h, lower=-1.0, settings=settings)
+        assert answers[reduction].executor == f"torch:{reduction}"
+    for name in ("x", "lam", "nu", "lam_lower", "s"):
+        for other in ("dual", "primal"):
+            assert torch.allclose(getattr(answers["diagonal"], name), getattr(answers[other], name), atol=1e-9)
+
+
+def test_unsafe_instances_leave_the_fast_reduction_alone():
+    Q, q, A, b, G, h = optnet(4, 6, 4)
+    alone = diffopt.solve_qp(Q, q, A, b, G, h)
+    Q = Q.clone()
+    Q[2] = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0], dtype=f64))
+    lower = torch.full((4, 6), -torch.inf, dtype=f64)
+    mixed = diffopt.solve_qp(Q, q, A, b, G, h)
+    assert (alone.executor, mixed.executor) == ("torch:dual", "torch:dual+primal")
+    assert mixed.ok.all() or mixed.status[2] == Status.DUAL_INFEASIBLE
+    keep = [0, 1, 3]
+    assert torch.equal(alone.x[keep], mixed.x[keep]) and torch.equal(alone.lam[keep], mixed.lam[keep])
+    absent = diffopt.solve_qp(Q, q, A, b, G, h, lower=lower)
+    assert torch.allclose(absent.x[keep], mixed.x[keep], atol=1e-9)
+
+
+def test_scale_of_the_data_does_not_matter():
+    Q, q, A, b, G, h = optnet(4, 6, 6, 2)
+    plain = diffopt.solve_qp(Q, q, A, b, G, h)
+    for k in (1e-6, 1e6):
+        scaled = diffopt.solve_qp(k * Q, k * q, A, b, G, h)
+        assert torch.allclose(scaled.x, plain.x, atol=1e-8) and torch.allclose(scaled.lam / k, plain.lam, atol=1e-8)
+        rows = diffopt.solve_qp(Q, q, k * A, k * b, k * G, k * h)
+        assert torch.allclose(rows.x, plain.x, atol=1e-8) and torch.allclose(rows.lam * k, plain.lam, atol=1e-8)
+        columns = diffopt.solve_qp(Q / k**2, q / k, A / k, b, G / k, h)
+        assert torch.allclose(columns.x / k, plain.x, atol=1e-8)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cycling_problems_converge(reduction):
+    # Textbook Mehrotra cycles on about one in 3,000 of these.
+    solution = diffopt.solve_qp(*optnet(4096, 6, 6, seed=1), settings=Settings(reduction=reduction))
+    assert (solution.status == Status.SOLVED).all() and solution.iterations.max() <= 25
+
+
+def farkas_holds(solution, i, Q, q, A, b, G, h, lower, upper):
+    x, nu, lam, low, up = (v[i] for v in solution.certificate)
+    pull = A.mT @ nu + G.mT @ lam - low + up
+    depth = b @ nu + h @ lam
+    depth = depth - torch.where(low > 0, low * lower, 0.0).sum() + torch.where(up > 0, up * upper, 0.0).sum()
+    signs = min(float(v.min()) if v.numel() else 0.0 for v in (lam, low, up)) >= 0
+    return signs and pull.abs().max() < 1e-7 and abs(float(depth) + 1) < 1e-9 and x.isnan().all()
+
+
+def test_primal_infeasible_with_certificate():
+    g = torch.Generator().manual_seed(0)
+    inf = torch.full((4,), torch.inf, dtype=f64)
+    for linear in (False, True):
+        G = torch.randn(3, 4, dtype=f64, generator=g)
+        y = torch.rand(3, dtype=f64, generator=g) + 0.1
+        G = torch.cat([G, -(y @ G)[None]])
+        h = torch.randn(3, dtype=f64, generator=g)
+        h = torch.cat([h, -(y @ h)[None] - 0.1])
+        h = torch.stack([h, h + torch.tensor([0, 0, 0, 10.0], dtype=f64)])  # the second instance is feasible
+        Q = None if linear else torch.eye(4, dtype=f64)
+        q = G.mT @ -torch.ones(4, dtype=f64)
+        solution = diffopt.solve_qp(Q, q, G=G, h=h, on_failure="return")
+        assert solution.status.tolist() == [Status.PRIMAL_INFEASIBLE, Status.SOLVED]
+        assert solution.x[0].isnan().all() and solution.x[1].isfinite().all()
+        assert solution.value.isnan().tolist() == [True, False] and solution.residuals.worst()[0].isnan()
+        none = torch.zeros(0, 4, dtype=f64), torch.zeros(0, dtype=f64)
+        assert farkas_holds(solution, 0, Q, q, *none, G, h[0], -inf, inf)
+        assert all(v[1].isnan().all() for v in solution.certificate)
+
+
+def test_bounds_against_equalities_and_bounds_against_bounds():
+    A, b = torch.ones(1, 3, dtype=f64), torch.tensor([[1.0], [4.0]], dtype=f64)
+    lower, upper = torch.zeros(3, dtype=f64), torch.ones(3, dtype=f64)
+    q, eye = torch.zeros(3, dtype=f64), torch.eye(3, dtype=f64)
+    solution = diffopt.solve_qp(eye, q, A, b, lower=lower, upper=upper, on_failure="return")
+    assert solution.status.tolist() == [Status.SOLVED, Status.PRIMAL_INFEASIBLE]
+    none = torch.zeros(0, 3, dtype=f64), torch.zeros(0, dtype=f64)
+    assert farkas_holds(solution, 1, eye, q, A, b[1], *none, lower, upper)
+    crossed = torch.stack([lower, torch.tensor([0.0, 2.0, 0.0], dtype=f64)])
+    solution = diffopt.solve_qp(eye, q, lower=crossed, upper=upper, on_failure="return")
+    assert solution.status.tolist() == [Status.SOLVED, Status.PRIMAL_INFEASIBLE]
+    empty = torch.zeros(0, 3, dtype=f64), torch.zeros(0, dtype=f64)
+    assert farkas_holds(solution, 1, eye, q, *empty, *empty, crossed[1], upper)
+    fixed = diffopt.solve_qp(eye, q, A, b, lower=upper, upper=upper, on_failure="return")
+    assert fixed.status.tolist() == [Status.PRIMAL_INFEASIBLE, Status.PRIMAL_INFEASIBLE]
+
+
+def test_inconsistent_equalities():
+    A = torch.tensor([[1.0, 1.0], [2.0, 2.0]], dtype=f64)
+    b = torch.tensor([[1.0, 2.0], [1.0, 3.0]], dtype=f64)
+    solution = diffopt.solve_qp(torch.eye(2, dtype=f64), torch.zeros(2, dtype=f64), A, b, on_failure="return")
+    assert solution.status.tolist() == [Status.SOLVED, Status.PRIMAL_INFEASIBLE]
+    assert torch.allclose(solution.x[0], torch.tensor([0.5, 0.5], dtype=f64)) and solution.dependent.tolist() == [1, -1]
+
+
+def test_unbounded_with_ray():
+    Q = torch.diag(torch.tensor([1.0, 0.0], dtype=f64))
+    q = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, -1.0]], dtype=f64)
+    solution = diffopt.solve_qp(Q, q, G=torch.tensor([[1.0, 1.0]], dtype=f64), h=torch.ones(1, dtype=f64), on_failure="return")
+    assert solution.status.tolist() == [Status.DUAL_INFEASIBLE, Status.SOLVED, Status.SOLVED]
+    ray = solution.certificate.x[0]
+    assert (Q @ ray).abs().max() < 1e-8 and ray.sum() <= 1e-8 and abs(float(q[0] @ ray) + 1) < 1e-9
+    assert solution.certificate.lam[0].isnan().all()
+    both = diffopt.solve_qp(None, q[:1], G=torch.tensor([[1.0, 0], [-1, 0]], dtype=f64), h=-torch.ones(2, dtype=f64), on_failure="return")
+    assert both.status.tolist() == [Status.PRIMAL_INFEASIBLE]  # unbounded too, but there is no x at all
+
+
+@pytest.mark.parametrize("piece", ["Q", "q", "A", "b", "G", "h", "lower", "upper"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nonfinite_input_is_a_status_of_its_instance(piece, value):
+    Q, q, A, b, G, h = optnet(3, 4, 3, 1)
+    data = dict(Q=Q, q=q, A=A, b=b, G=G, h=h, lower=q * 0 - 9, upper=q * 0 + 9)
+    plain = diffopt.solve_qp(**data)
+    data[piece] = data[piece].clone()
+    data[piece][1].view(-1)[0] = value
+    absent = (piece in ("h", "upper") and value == torch.inf) or (piece == "lower" and value == -torch.inf)
+    solution = diffopt.solve_qp(**data, on_failure="return")
+    assert solution.status.tolist() == [1, Status.SOLVED if absent else Status.NONFINITE_INPUT, 1]
+    assert torch.equal(solution.x[[0, 2]], plain.x[[0, 2]]) and torch.equal(solution.nu[[0, 2]], plain.nu[[0, 2]])
+    assert solution.x[1].isnan().all() != absent
+
+
+def test_nonconvex_is_refused():
+    Q = torch.diag_embed(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=f64))
+    solution = diffopt.solve_qp(Q, torch.zeros(2, dtype=f64), lower=-1.0, upper=1.0, on_failure="return")
+    assert solution.status.tolist() == [Status.SOLVED, Status.NUMERICAL_ERROR]
+
+
+def test_iteration_limit_keeps_the_iterate():
+    solution = diffopt.solve_qp(*optnet(4, 10, 10), settings=Settings(max_iterations=2), on_failure="return")
+    assert (solution.status == Status.MAX_ITERATIONS).all() and solution.x.isfinite().all()
+    assert (solution.iterations <= 2).all() and (solution.residuals.worst() > 1e-6).all()
+
+
+def test_without_polish_and_loose_tolerance():
+    problem = optnet(8, 10, 10)
+    exact = diffopt.solve_qp(*problem)
+    rough = diffopt.solve_qp(*problem, settings=Settings(polish=False, tolerance=1e-6))
+    assert rough.ok.all() and (rough.iterations <= exact.iterations).all()
+    assert 1e-14 < (rough.x - exact.x).abs().max() < 1e-2
+    assert rough.residuals.worst().max() > exact.residuals.worst().max()
+
+
+def test_float32_is_solved_in_float64_and_rounded_once():
+    problem = [t.float() for t in optnet(8, 20, 20, 4)]
+    single = diffopt.solve_qp(*problem)
+    double = diffopt.solve_qp(*[t.double() for t in problem])
+    assert single.x.dtype == torch.float32 and (single.status == Status.SOLVED).all()
+    assert torch.equal(single.x, double.x.float()) and torch.equal(single.lam, double.lam.float())
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_vertices_fixed_variables_and_pairs(linear):
+    # x in the simplex: a vertex, with redundant copies of its rows and a fixed variable beside it.
+    q = torch.tensor([-3.0, 1.0, 2.0, 0.0], dtype=f64)
+    A = torch.tensor([[1.0, 1, 1, 0], [2, 2, 2, 0]], dtype=f64)
+    lower, upper = torch.tensor([0.0, 0, 0, 0.7], dtype=f64), torch.tensor([1.0, 1, 1, 0.7], dtype=f64)
+    Q = None if linear else 0.1 * torch.eye(4, dtype=f64)
+    pair = torch.tensor([[1.0, 0, 0, 0], [-1, 0, 0, 0]], dtype=f64)
+    solution = diffopt.solve_qp(Q, q, A, torch.tensor([1.0, 2.0], dtype=f64), pair, torch.tensor([1.0, -1.0], dtype=f64), lower, upper)
+    assert torch.allclose(solution.x, torch.tensor([1.0, 0, 0, 0.7], dtype=f64), atol=1e-12)
+    assert solution.dependent >= 1
+    force = solution.lam_upper[3] - solution.lam_lower[3]
+    assert torch.allclose(force, torch.tensor(0.0 if linear else -0.07, dtype=f64), atol=1e-10)
+
+
+def test_sizes_zero_and_one():
+    empty = diffopt.solve_qp(torch.eye(2, dtype=f64), torch.zeros(0, 2, dtype=f64), lower=0.0)
+    assert empty.x.shape == (0, 2) and empty.status.shape == (0,) and "empty batch" in repr(empty)
+    assert empty.value.shape == (0,)
+    one = diffopt.solve_qp(torch.ones(1, 1, dtype=f64), torch.tensor([-3.0], dtype=f64), upper=2.0)
+    assert one.x.tolist() == [2.0] and torch.allclose(one.lam_upper, torch.ones(1, dtype=f64))
+    zero = diffopt.solve_qp(torch.zeros(1, 1, dtype=f64), torch.zeros(1, dtype=f64))
+    assert zero.ok and zero.x.isfinite().all()
