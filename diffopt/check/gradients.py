@@ -361,7 +361,7 @@ def _parts(problem: DifferentiableProblem, name: str, value: Any) -> list[tuple[
 def _core_dims(problem: DifferentiableProblem, name: str, value: Tensor, form: str) -> int | None:
     if isinstance(problem, QPStructure):
         dims = {"diagonal": 1, "scaled_identity": 0}.get(form, 2 if name in ("Q", "A", "G") else 1)
-        return min(dims, value.dim())  # a bound may be a single number
+        return dims if value.dim() >= dims else None  # a single number as b, h or a bound is shared
     declared = {param.name: len(param.shape) for param in problem.params}
     return declared.get(name)
 

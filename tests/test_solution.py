@@ -1,0 +1,47 @@
+import torch
+from torch.utils import _pytree as pytree
+
+import diffopt
+from diffopt.solution import REMEDIES, Residuals, Status, status_counts
+
+
+def solved(**kwargs):
+    q = torch.tensor([[-1.0, 2.0], [3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    return q, diffopt.solve_qp(torch.eye(2, dtype=torch.float64), q, lower=0.0, **kwargs)
+
+
+def test_fields_and_repr():
+    _, solution = solved()
+    assert solution.ok.tolist() == [True, True] and solution.status.dtype == torch.int8
+    assert solution.s.shape == (2, 0) and solution.nu.shape == (2, 0) and solution.lam_upper.shape == (2, 2)
+    text = repr(solution)
+    assert "x=(2, 2)" in text and "SOLVED: 2" in text and "pdipm/torch:dual" in text
+    assert solution.iterations.dtype == torch.int64
+
+
+def test_pytree_round_trip_keeps_the_value():
+    _, solution = solved()
+    leaves, spec = pytree.tree_flatten(solution)
+    again = pytree.tree_unflatten(leaves, spec)
+    assert torch.equal(again.value, solution.value) and again.backend == "pdipm"
+    doubled = pytree.tree_map(lambda t: t if t is None else t * 2, solution)
+    assert torch.equal(doubled.x, 2 * solution.x) and torch.equal(doubled.value, 2 * solution.value)
+
+
+def test_value_keeps_its_graph_when_first_read_without_one():
+    q, solution = solved()
+    with torch.no_grad():
+        before = solution.value
+    (grad,) = torch.autograd.grad(before.sum(), q)
+    assert torch.allclose(grad, solution.x)
+    with torch.no_grad():
+        _, plain = solved()
+        assert not plain.x.requires_grad
+    assert not plain.value.requires_grad
+
+
+def test_words():
+    assert Status.UNSOLVED == 0 and len(Status) == 8
+    assert set(REMEDIES) == set(Status) - {Status.SOLVED, Status.ALMOST_SOLVED}
+    assert status_counts(torch.tensor([1, 1, 4])) == "SOLVED: 2, PRIMAL_INFEASIBLE: 1"
+    assert Residuals(torch.tensor(1.0), torch.tensor(3.0), torch.tensor(2.0)).worst() == 3
