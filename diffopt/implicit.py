@@ -106,12 +106,13 @@ def _safe(form: Form, point: kkt.Point, failed: Tensor) -> kkt.Point:
 def _all_rows(active: kkt.Activity, failed: Tensor) -> kkt.Activity:
     """Let every row of a failed instance take part, so that a tangent in any of its data is seen."""
     bad = failed.unsqueeze(-1)
-    lower = active.lower | bad if active.lower.shape[-1] else active.lower
-    weak = (active.weak_row & ~bad, active.weak_lower & ~bad, active.weak_upper & ~bad)
-    return active._replace(
-        row=active.row | bad, lower=lower, upper=active.upper & ~bad,
-        weak_row=weak[0], weak_lower=weak[1], weak_upper=weak[2],
-    )  # fmt: skip
+    if active.fixed.shape[-1]:
+        # Held at the mean of its bounds, x depends on both.
+        active = active._replace(
+            fixed=active.fixed | bad, lower=active.lower & ~bad, upper=active.upper & ~bad,
+            weak_lower=active.weak_lower & ~bad, weak_upper=active.weak_upper & ~bad,
+        )  # fmt: skip
+    return active._replace(row=active.row | bad, weak_row=active.weak_row & ~bad)
 
 
 def _attached_point(form: Form, system: _KKT, safe: kkt.Point, values: kkt.Point) -> kkt.Point:
@@ -124,6 +125,9 @@ def _attached_point(form: Form, system: _KKT, safe: kkt.Point, values: kkt.Point
         step = Blocks(*_Solve.apply(system.bind(d.hessian), True, False, *F, *data))
         w = w.minus(step)
     moved_lower, moved_upper = kkt.bound_duals(form, active, w.bound)
+    if w.bound.shape[-1]:
+        bad = system.failed.unsqueeze(-1)
+        moved_lower, moved_upper = torch.where(bad, -w.bound, moved_lower), torch.where(bad, w.bound, moved_upper)
     slack = _only_derivative(-form.inequalities(w.x))
     slack = _Gate.apply(slack, system.failed)
     return kkt.Point(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from diffopt import implicit
@@ -165,12 +167,33 @@ def solve_qp(
 
 def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
     solver = choose(backend, form)
-    found = solver.solve(form.detach(), settings)
+    names = list(form.tensors())
+    found: list[Any] = []
+
+    def run(tensors: tuple[Tensor, ...]) -> None:
+        plain = form.with_tensors(dict(zip(names, tensors, strict=True)))
+        found.append(solver.solve(plain.detach(), settings))
+
+    _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
     solution = implicit.attach(
-        form, implicit.Found(*found), settings.kink_rule, settings.weak_tolerance_for(form.dtype)
+        form, implicit.Found(*found[0]), settings.kink_rule, settings.weak_tolerance_for(form.dtype)
     )
     _report(solution, on_failure)
     return solution
+
+
+class _Opaque(torch.autograd.Function):
+    """Runs a solver on plain tensors, also inside the transforms of ``torch.func``: those wrap tensors,
+    and an autograd function is where they hand out what is inside."""
+
+    @staticmethod
+    def forward(run: Callable[[tuple[Tensor, ...]], None], *tensors: Tensor) -> Tensor:
+        run(tensors)
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
 
 
 def _report(solution: Solution, on_failure: OnFailure) -> None:

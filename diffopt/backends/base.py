@@ -6,7 +6,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -134,6 +134,7 @@ class Backend(ABC):
         """
         raw = self._solve(form, settings)
         s = -form.inequalities(raw.x) if raw.s is None else raw.s
+        s = s + form.cone.violation(s)  # in the cone; what was outside counts as primal residual
         point = kkt.Point(raw.x, s, raw.nu, raw.lam, raw.lam_lower, raw.lam_upper)
         residuals = kkt.residuals(form, point) if raw.residuals is None else raw.residuals
         status = _checked(raw.status, residuals.worst(), settings.tolerance_for(form.dtype))
@@ -174,7 +175,7 @@ def in_float64(form: AnyForm) -> AnyForm:
     """Return the form over detached float64 CPU tensors (float32 converts exactly)."""
     twin = form.with_tensors({k: v.detach().to("cpu", torch.float64) for k, v in form.tensors().items()})
     twin.dtype, twin.device = torch.float64, torch.device("cpu")
-    return twin
+    return cast(AnyForm, twin)
 
 
 def instances(form: QPForm) -> list[dict[str, Tensor]]:
@@ -321,7 +322,7 @@ def stack(form: Form, points: list[InstancePoint], executor: str) -> RawPoint:
     if any(claim is not None for claim in claims):
         certificate = Certificate(**{name: joined(name, claims, size) for name, size in sizes.items()})
     return RawPoint(
-        **{name: joined(name, points, size) for name, size in sizes.items()},
+        *(joined(name, points, size) for name, size in sizes.items()),
         status=flags([int(point.status) for point in points], torch.int8),
         iterations=flags([point.iterations for point in points], torch.int64),
         certificate=certificate,
@@ -353,9 +354,10 @@ def solve_each(
 
     certificate = raw.certificate
     return RawPoint(
-        **{name: rounded(value) for name, value in point._asdict().items()},
+        *(rounded(v) for v in (point.x, point.nu, point.lam, point.lam_lower, point.lam_upper)),
         status=raw.status.to(form.device),
         iterations=raw.iterations.to(form.device),
         certificate=None if certificate is None else Certificate(*map(rounded, certificate)),
         executor=raw.executor,
+        s=rounded(point.s),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -80,9 +81,6 @@ TRUST_TOLERANCES = {"gtol": 1e-10, "xtol": 1e-12, "barrier_tol": 1e-10}
 COMPLEMENTARITY = 100.0
 """Weight of a multiplier times its slack against the stationarity of the Lagrangian. At an active row
 with slack 1e-7 it distorts the multiplier by 1e-10, at an inactive one with slack 0.1 it takes all but 1 %."""
-
-NEAR = 1e-4
-"""Relative residual from which the polish usually goes on by itself."""
 
 CUTS = 100
 """Cutting planes tried as a proof of infeasibility."""
@@ -287,7 +285,8 @@ def _solve_qp(data: dict[str, Tensor], methods: tuple[str, ...], limit: int) -> 
     if (without_solution := infeasible or _unbounded(data)) is not None:
         return without_solution
     present = torch.isfinite(data["h"])
-    form = QPForm(**data | {"G": data["G"][present], "h": data["h"][present]})
+    Q, q, A, b, G, h, lower, upper = data.values()
+    form = QPForm(Q, q, A, b, G[present], h[present], lower, upper)
     point = _solve_smooth(_Smooth(form, start), methods, limit)
     if point.lam is not None:
         lam = torch.zeros_like(data["h"])
@@ -409,7 +408,10 @@ class _Smooth:
 
 
 def _solve_smooth(problem: _Smooth, methods: tuple[str, ...], limit: int) -> InstancePoint:
-    """Return the best of the points that the methods find, tried in order until one is `NEAR` a solution."""
+    """Return the best of the points that the methods find, tried in order until one is near a solution.
+
+    Near is a residual of `ALMOST` already: from there the polish goes on by itself.
+    """
     best, least, spent = InstancePoint(Status.NUMERICAL_ERROR), np.inf, 0
     for method in methods:
         y = problem.start
@@ -425,7 +427,7 @@ def _solve_smooth(problem: _Smooth, methods: tuple[str, ...], limit: int) -> Ins
             if (worst := float(kkt.residuals(problem.form, point).worst())) < least:
                 status = SMOOTH_STATUSES[method].get(code, Status.NUMERICAL_ERROR)
                 best, least = InstancePoint(status, x, *multipliers, executor=method), worst
-            if least <= NEAR:
+            if least <= ALMOST:
                 break
         # A quadratic program has been shown to have a solution before.
         if problem.nonlinear and (status := _without_solution(problem, y)) is not None:
@@ -435,8 +437,7 @@ def _solve_smooth(problem: _Smooth, methods: tuple[str, ...], limit: int) -> Ins
 
 def _minimize(problem: _Smooth, method: str, limit: int) -> tuple[Any, int, int]:
     """Return (y, the status code of ``minimize``, iterations)."""
-    from scipy.optimize import Bounds, LinearConstraint, NonlinearConstraint, minimize
-
+    optimize: Any = importlib.import_module("scipy.optimize")  # its annotations know numbers only
     C, c = problem.equalities
     constraints: list[Any] = []
     if method == "SLSQP":
@@ -449,17 +450,17 @@ def _minimize(problem: _Smooth, method: str, limit: int) -> tuple[Any, int, int]
     else:
         options = {"maxiter": SMOOTH_ITERATIONS * limit} | TRUST_TOLERANCES
         if len(C):
-            constraints.append(LinearConstraint(C, c, c))
+            constraints.append(optimize.LinearConstraint(C, c, c))
         if problem.form.m:
             slopes = problem.jacobian, problem.curvature
-            constraints.append(NonlinearConstraint(problem.inequalities, -np.inf, 0, *slopes))
+            constraints.append(optimize.NonlinearConstraint(problem.inequalities, -np.inf, 0, *slopes))
     bounded = np.isfinite(problem.lower).any() or np.isfinite(problem.upper).any()
-    result = minimize(
+    result = optimize.minimize(
         problem.objective,
         problem.start,
         jac=problem.gradient,
         hess=None if method == "SLSQP" else problem.hessian,
-        bounds=Bounds(problem.lower, problem.upper, keep_feasible=problem.nonlinear) if bounded else None,
+        bounds=optimize.Bounds(problem.lower, problem.upper, keep_feasible=problem.nonlinear) if bounded else None,
         constraints=constraints,
         method=method,
         options=options,

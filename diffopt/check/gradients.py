@@ -96,7 +96,7 @@ class GradientReport:
 
     def __str__(self) -> str:
         heads = ("parameter", "output", "worst error", "compared", "skipped", "")
-        lines = [heads]
+        lines: list[tuple[str, ...]] = [heads]
         for row in self.rows:
             where = f" at {row.worst_instance}" if row.worst_instance else ""
             skipped = ", ".join(f"{count} ({reason})" for reason, count in row.skipped.items()) or "0"
@@ -185,10 +185,7 @@ def gradients(
     generator = torch.Generator().manual_seed(seed)
     cotangents = {name: _normal(getattr(base, name), generator) for name in outputs}
     kinks = _kinks(base)
-    if step is None:
-        worst = base.residuals.worst()[kinks == 0]
-        noise = float(worst.max()) if worst.numel() else 0.0
-        step = min(max(noise, torch.finfo(torch.float64).eps) ** (1 / 3), 1e-2)
+    step = _step(base.residuals.worst()[kinks == 0]) if step is None else step
 
     rows: list[Row] = []
     for leaf in leaves:
@@ -292,10 +289,15 @@ class _Record:
         if compared and self.errors.numel():
             worst = float(self.errors.max())
             if self.per_instance:
-                index = torch.unravel_index(self.errors.argmax(), self.batch) if self.batch else ()
-                where = tuple(int(i) for i in index)
+                where = tuple(int(i) for i in (self.errors == self.errors.max()).nonzero()[0])
         skipped = {_REASONS[code]: count for code, count in sorted(counts.items())}
         return Row(parameter, output, worst, where, compared, skipped)
+
+
+def _step(residuals: Tensor) -> float:
+    """Return the step that suits the noise of a solve; see `gradients`."""
+    noise = float(residuals.max()) if residuals.numel() else 0.0
+    return min(max(noise, torch.finfo(torch.float64).eps) ** (1 / 3), 1e-2)
 
 
 def _own(layer: Layer) -> dict[str, Any]:
@@ -303,9 +305,9 @@ def _own(layer: Layer) -> dict[str, Any]:
     own: dict[str, Any] = {}
     for name, declared in layer.problem.declared.items():
         pairs = zip(declared.part_names(name), declared.parts, strict=False)
-        parts = tuple(getattr(layer, part) if isinstance(value, Tensor) else value for part, value in pairs)
+        parts = [getattr(layer, part) if isinstance(value, Tensor) else value for part, value in pairs]
         if parts:
-            own[name] = parts if len(parts) > 1 else parts[0]
+            own[name] = tuple(parts) if len(parts) > 1 else parts[0]
     return own
 
 

@@ -78,8 +78,8 @@ class KnownProblem:
         """The batch shape."""
         return self.status.shape
 
-    def arguments(self) -> dict[str, Tensor | None]:
-        """Return the data by name: ``diffopt.solve_qp(**problem.arguments())``."""
+    def arguments(self) -> dict[str, Any]:
+        """Return the data by name, a tensor or ``None`` each: ``diffopt.solve_qp(**problem.arguments())``."""
         return {name: getattr(self, name) for name in _DATA}
 
     def instances(self) -> list[KnownProblem]:

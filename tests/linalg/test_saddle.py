@@ -26,7 +26,9 @@ def random_rows(e=None):
     row_in = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]).bool()
     bound_in = torch.tensor([[0, 0, 0, 0, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
     zero = torch.zeros((), dtype=f64)
-    return Rows(row_in, (zero if e is None else e[0]).expand(B, M), bound_in, (zero if e is None else e[1]).expand(B, N))
+    return Rows(
+        row_in, (zero if e is None else e[0]).expand(B, M), bound_in, (zero if e is None else e[1]).expand(B, N)
+    )
 
 
 def dense_system(Q, A, G, rows):
