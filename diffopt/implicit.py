@@ -19,66 +19,72 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import kkt
+from diffopt.errors import MAPPED_DATA, NotDifferentiableError
 from diffopt.linalg.central import central_ratio
 from diffopt.linalg.matrices import SymmetricMatrix
-from diffopt.linalg.saddle import Blocks, Saddle, solve_minimum_norm
+from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
+from diffopt.linalg.scaling import Scaling
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import Certificate, Residuals, Solution, Status
+from diffopt.solution import Solution, Status
 
 NONLINEAR_STEPS = 2
 """Newton steps by which a nonlinear problem is attached: derivatives are exact up to order 3."""
 
 
-class Found(NamedTuple):
-    """A solved batch, as a backend hands it over: detached values of the fields of `Solution`,
-    and optionally the factored KKT system of the final active set."""
+class Prepared(NamedTuple):
+    """A solved batch with its active sets decided: all that `attach` needs, on plain tensors."""
 
-    point: kkt.Point
-    status: Tensor
-    residuals: Residuals
-    iterations: Tensor
-    certificate: Certificate | None
-    backend: str
-    executor: str
-    system: kkt.System | None
+    found: kkt.Solved
+    safe: kkt.Point
+    system: _KKT
+    weakly_active: Tensor
+    dependent: Tensor
 
 
-def attach(form: Form, found: Found, kink_rule: str, weak_tolerance: float) -> Solution:
+@torch.no_grad()
+def prepare(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float) -> Prepared:
+    """Decide which rows are active at a solution, by the kink rule where that is open.
+
+    Args:
+        form: the problem, detached. Inside ``torch.func`` transforms this must run where tensors are plain.
+        found: its solution.
+        kink_rule, weak_tolerance: see `diffopt.Settings`.
+    """
+    failed = (found.status != Status.SOLVED) & (found.status != Status.ALMOST_SOLVED)
+    safe = _safe(found.point, failed)
+    saddle, scaling = (None, found.system.scaling) if found.system else kkt.assemble(form, safe)
+    active = kkt.activity(form, safe, scaling, weak_tolerance)
+    weakly_active = torch.where(failed, 0, active.weak_count())
+    system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
+    return Prepared(found, safe, system, weakly_active, torch.where(failed, -1, system.dependent()))
+
+
+def attach(form: Form, prepared: Prepared) -> Solution:
     """Return the solution, attached to every tensor of ``form``.
 
     Args:
         form: the problem, attached to its parameters.
-        found: its solution, detached.
-        kink_rule, weak_tolerance: see `diffopt.Settings`.
 
     Differentiable in:
         every tensor of the form, in x, s, lam, nu, lam_lower, lam_upper and value. A failed instance
         passes NaN to whatever asks for its derivative, and exactly zero where the incoming gradient is zero.
     """
-    failed = (found.status != Status.SOLVED) & (found.status != Status.ALMOST_SOLVED)
-    with torch.no_grad():
-        plain = form.detach()
-        safe = _safe(form, found.point, failed)
-        saddle, scaling = (None, found.system.scaling) if found.system else kkt.assemble(plain, safe)
-        active = kkt.activity(plain, safe, scaling, weak_tolerance)
-        weakly_active = torch.where(failed, 0, active.weak_count())
-        active = _all_rows(active, failed)
+    found, safe, system = prepared.found, prepared.safe, prepared.system
     attached = _needs_graph(form)
-    system = _KKT(form, found, active, kink_rule, failed, saddle, scaling)
     point = _attached_point(form, system, safe, found.point) if attached else found.point
 
     def value() -> Tensor:
         # Computed on access, with the graph that the other fields have, wherever that is.
         with torch.set_grad_enabled(attached):
-            return _value(form, plain, point, found.point, safe, failed, attached)
+            return _value(form, point, found.point, safe, system.failed, attached)
 
     return Solution(
         *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
         status=found.status,
         residuals=found.residuals,
         iterations=found.iterations,
-        weakly_active=weakly_active,
-        dependent=torch.where(failed, -1, system.dependent()),
+        weakly_active=prepared.weakly_active,
+        dependent=prepared.dependent,
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
@@ -93,7 +99,7 @@ def _needs_graph(form: Form) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def _safe(form: Form, point: kkt.Point, failed: Tensor) -> kkt.Point:
+def _safe(point: kkt.Point, failed: Tensor) -> kkt.Point:
     """Return the point with harmless values, all different, in failed instances: NaN times 0 is not 0."""
 
     def filled(v: Tensor) -> Tensor:
@@ -141,15 +147,14 @@ def _attached_point(form: Form, system: _KKT, safe: kkt.Point, values: kkt.Point
 
 
 def _only_derivative(v: Tensor) -> Tensor:
-    """Return zeros that carry the derivative of v; where v is infinite it has none."""
-    return torch.where(torch.isfinite(v), v - v.detach(), 0.0)
+    """Return zeros that carry the derivative of v; where v is infinite it has none. (NaN stays NaN: it
+    belongs to a failed instance, whose derivative must not vanish unseen.)"""
+    return torch.where(torch.isinf(v), 0.0, v - v.detach())
 
 
-def _value(
-    form: Form, plain: Form, point: kkt.Point, values: kkt.Point, safe: kkt.Point, failed: Tensor, attached: bool
-) -> Tensor:
+def _value(form: Form, point: kkt.Point, values: kkt.Point, safe: kkt.Point, failed: Tensor, attached: bool) -> Tensor:
     """Return the optimal value. Its derivative is that of the Lagrangian, whose slope in x, lam, nu is 0."""
-    objective = plain.objective(values.x)
+    objective = form.detach().objective(values.x)
     if not attached:
         return objective
     bad = failed.unsqueeze(-1)
@@ -173,12 +178,12 @@ class _KKT:
     """
 
     def __init__(
-        self, form: Form, found: Found, active: kkt.Activity, kink_rule: str, failed: Tensor,
-        saddle: Saddle | None, scaling: Any,
+        self, dtype: torch.dtype, prepared: kkt.System | None, active: kkt.Activity, kink_rule: str, failed: Tensor,
+        saddle: Saddle | None, scaling: Scaling,
     ) -> None:  # fmt: skip
-        self.failed, self.scaling, self.dtype = failed, scaling, form.dtype
-        self.prepared = found.system
-        self._saddle = saddle if found.system is None else found.system.factor.system
+        self.failed, self.scaling, self.dtype = failed, scaling, dtype
+        self.prepared = prepared
+        self._saddle = saddle if prepared is None else prepared.factor.system
         weak_any = bool(active.weak_count().any())
         self.dense_rule = kink_rule == "minimum_norm" and weak_any
         self.weak_row = active.weak_row
@@ -196,14 +201,12 @@ class _KKT:
         # under "minimum_norm", which leaves weakly active rows undecided.
         self.equation_row = strict.row if self.dense_rule else active.row
         self.equation_bound = _held(strict if self.dense_rule else active)
-        zero = torch.zeros((), dtype=torch.float64, device=form.device)
+        zero = torch.zeros((), dtype=torch.float64, device=failed.device)
         self.ratio_row, self.ratio_bound = zero.expand(none_row.shape), zero.expand(none_bound.shape)
         self._scaled_ratios = (self.ratio_row, self.ratio_bound)
         if joins and kink_rule == "central":
-            with torch.no_grad():
-                self._use_central(strict)
-        self._factor: Any = None
-        self._hessian: SymmetricMatrix | None = None
+            self._use_central(strict)
+        self._factor: Factor | None = None
 
     def _use_central(self, strict: kkt.Activity) -> None:
         d, _, rows, cost = self.scaling
@@ -223,7 +226,7 @@ class _KKT:
         """Return the ratios s/lam of weakly active rows under the central rule, else zeros."""
         return self.ratio_row.to(dtype), self.ratio_bound.to(dtype)
 
-    def factor(self) -> Any:
+    def factor(self) -> Factor:
         """Return the factored system; that of the backend where it has the same rows."""
         if self._factor is None:
             prepared = self.prepared
@@ -242,8 +245,7 @@ class _KKT:
 
     def dependent(self) -> Tensor:
         """Return the number of dependent active rows of each instance."""
-        with torch.no_grad():
-            return self.factor().dependent().expand(self.failed.shape)
+        return self.factor().dependent().expand(self.failed.shape)
 
     def bind(self, hessian: SymmetricMatrix) -> _Bound:
         """Return the operator with the structure of ``hessian`` for K's data."""
@@ -269,7 +271,8 @@ class _KKT:
         """Return the minimum-norm solution in original units, by a pseudo-inverse of all of K."""
         matrix = self._dense()
         sizes = [v.shape[-1] for v in r]
-        right = torch.cat([v.expand(*self.failed.shape, v.shape[-1]) for v in r], -1).unsqueeze(-1)
+        shape = torch.broadcast_shapes(self.failed.shape, *(v.shape[:-1] for v in r))
+        right = torch.cat([v.expand(*shape, v.shape[-1]) for v in r], -1).unsqueeze(-1)
         inverse = torch.linalg.pinv(matrix.mT if transpose else matrix, rtol=1e-11)
         return Blocks(*(inverse @ right).squeeze(-1).split(sizes, -1))
 
@@ -347,6 +350,19 @@ class _Solve(torch.autograd.Function):
         right = Blocks(*r).minus(change)
         return _Solve.apply(op, False, ctx.transpose, *right, *data)
 
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], op: _Bound, zero: bool, transpose: bool, *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        if any(dim is not None for dim in in_dims[7:]):
+            raise NotDifferentiableError(MAPPED_DATA)
+        # Many right-hand sides, one factor: they lead the batch and broadcast against it.
+        r = [
+            v.expand(info.batch_size, *v.shape) if dim is None else v.movedim(dim, 0)
+            for v, dim in zip(tensors[:4], in_dims[3:7], strict=True)
+        ]
+        return _Solve.apply(op, zero, transpose, *r, *tensors[4:]), (0, 0, 0, 0)
+
 
 def _masks(op: _Bound, transpose: bool) -> tuple[Tensor, Tensor]:
     """Return which inequality rows are equations, and which multipliers are unknowns."""
@@ -393,6 +409,8 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 class _Gate(torch.autograd.Function):
     """The identity, but a failed instance turns an incoming derivative that is not zero into NaN."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(v: Tensor, failed: Tensor) -> Tensor:
         return v.clone()
@@ -415,5 +433,3 @@ class _Gate(torch.autograd.Function):
 
 def _gated(v: Tensor, failed: Tensor) -> Tensor:
     return torch.where((failed & (v != 0).any(-1)).unsqueeze(-1), torch.nan, v)
-
-

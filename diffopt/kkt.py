@@ -17,7 +17,7 @@ from diffopt.linalg.saddle import Blocks, Factor, Rows, Saddle
 from diffopt.linalg.scaling import Scaling, equilibrate, regularisation
 from diffopt.problems.forms import Derivatives, Form, QPForm
 from diffopt.shapes import matvec, max_abs, rmatvec
-from diffopt.solution import Residuals
+from diffopt.solution import Certificate, Residuals
 
 
 class Point(NamedTuple):
@@ -161,9 +161,7 @@ def activity(form: Form, point: Point, scaling: Scaling, tolerance: float) -> Ac
         lower, weak_lower = read((point.x - form.lower) / d, point.lam_lower * cost * d)
     if form.upper is not None:
         upper, weak_upper = read((form.upper - point.x) / d, point.lam_upper * cost * d)
-    return Activity(
-        row, lower & ~fixed, upper & ~fixed, weak_row, weak_lower & ~fixed, weak_upper & ~fixed, fixed
-    )
+    return Activity(row, lower & ~fixed, upper & ~fixed, weak_row, weak_lower & ~fixed, weak_upper & ~fixed, fixed)
 
 
 def bound_shape(form: Form) -> tuple[int, ...]:
@@ -192,6 +190,20 @@ class System(NamedTuple):
     factor: Factor
     scaling: Scaling
     active: Activity
+
+
+class Solved(NamedTuple):
+    """A solved batch: detached values of the fields of `diffopt.Solution`, and ``system``, the factored KKT
+    system of the final active set where the solver has one. Backends make it, ``implicit`` attaches it."""
+
+    point: Point
+    status: Tensor
+    residuals: Residuals
+    iterations: Tensor
+    certificate: Certificate | None
+    backend: str
+    executor: str
+    system: System | None
 
 
 def assemble(form: Form, point: Point) -> tuple[Saddle, Scaling]:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from diffopt import implicit
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
-from diffopt.errors import InaccurateSolutionWarning, ParameterError, SettingsError, SolveFailed
+from diffopt.errors import (
+    MAPPED_DATA,
+    InaccurateSolutionWarning,
+    NotDifferentiableError,
+    ParameterError,
+    SettingsError,
+    SolveFailed,
+)
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Form, QPForm
@@ -168,16 +175,16 @@ def solve_qp(
 def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
     solver = choose(backend, form)
     names = list(form.tensors())
-    found: list[Any] = []
+    done: list[implicit.Prepared] = []
 
     def run(tensors: tuple[Tensor, ...]) -> None:
-        plain = form.with_tensors(dict(zip(names, tensors, strict=True)))
-        found.append(solver.solve(plain.detach(), settings))
+        plain = form.with_tensors(dict(zip(names, tensors, strict=True))).detach()
+        found = solver.solve(plain, settings)
+        weak = settings.weak_tolerance_for(form.dtype)
+        done.append(implicit.prepare(plain, found, settings.kink_rule, weak))
 
     _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
-    solution = implicit.attach(
-        form, implicit.Found(*found[0]), settings.kink_rule, settings.weak_tolerance_for(form.dtype)
-    )
+    solution = implicit.attach(form, done[0])
     _report(solution, on_failure)
     return solution
 
@@ -194,6 +201,14 @@ class _Opaque(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], run: Callable[[tuple[Tensor, ...]], None], *tensors: Tensor
+    ) -> tuple[Tensor, None]:
+        if any(dim is not None for dim in in_dims):
+            raise NotDifferentiableError(MAPPED_DATA)
+        return _Opaque.apply(run, *tensors), None
 
 
 def _report(solution: Solution, on_failure: OnFailure) -> None:

@@ -1,4 +1,5 @@
 import torch
+
 from diffopt.cones import NonnegativeCone, ProductCone, kinds
 
 CONES = [NonnegativeCone(4), ProductCone(NonnegativeCone(1), NonnegativeCone(3))]

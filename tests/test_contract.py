@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import measures
 import pytest
 import torch
-from problems_catalogue import CASES, Case, Posed
-from tolerances import DIFFERENCES, GRADIENT, RESIDUAL, answer
 from torch import Tensor
 
 import diffopt
+import measures
 from diffopt.check import known
+from problems_catalogue import CASES, Case, Posed
+from tolerances import DIFFERENCES, GRADIENT, RESIDUAL, answer
 
 CASE_IDS = [case.name for case in CASES]
 

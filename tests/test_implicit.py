@@ -72,6 +72,21 @@ def test_functional_transforms():
     _, pullback = torch.func.vjp(loss, q)
     assert torch.allclose(pullback(torch.ones((), dtype=f64))[0], slope)
 
+    def x(q):
+        return diffopt.solve_qp(data[0], q, *data[2:]).x
+
+    assert torch.allclose(torch.func.jacfwd(x)(q), torch.func.jacrev(x)(q), atol=1e-12)
+    wanted = torch.autograd.functional.hessian(loss, q)
+    assert wanted.abs().max() > 1e-3 and torch.allclose(torch.func.hessian(loss)(q), wanted, atol=1e-11)
+
+
+def test_vmap_over_the_data_is_refused_in_words():
+    data = random_qp(2, 4, 4, 1, grad=False)
+    with pytest.raises(
+        diffopt.NotDifferentiableError, match="Batch dimensions lead in every call.*pass the batch to the layer"
+    ):
+        torch.func.vmap(lambda q: diffopt.solve_qp(data[0][0], q).x)(data[1])
+
 
 def test_shared_data_gets_the_sum_and_Q_a_symmetric_gradient():
     data = random_qp(4)
@@ -194,7 +209,9 @@ def test_repeated_row_in_a_batch_with_regular_ones():
     alone = diffopt.solve_qp(torch.eye(1, dtype=f64), q[2:], G=G[2:], h=h[2:])
     solution = diffopt.solve_qp(torch.eye(1, dtype=f64), q, G=G, h=h)
     assert solution.dependent.tolist() == [1, 0, 0]
-    assert torch.equal(torch.autograd.grad(alone.lam.sum(), q)[0][2], torch.autograd.grad(solution.lam[2].sum(), q)[0][2])
+    assert torch.equal(
+        torch.autograd.grad(alone.lam.sum(), q)[0][2], torch.autograd.grad(solution.lam[2].sum(), q)[0][2]
+    )
 
 
 def sudoku_constraints():
@@ -203,7 +220,9 @@ def sudoku_constraints():
     groups = [index[r, c] for r in range(4) for c in range(4)]
     groups += [index[r, :, d] for r in range(4) for d in range(4)]
     groups += [index[:, c, d] for c in range(4) for d in range(4)]
-    groups += [index[2 * i : 2 * i + 2, 2 * j : 2 * j + 2, d].flatten() for i in (0, 1) for j in (0, 1) for d in range(4)]
+    groups += [
+        index[2 * i : 2 * i + 2, 2 * j : 2 * j + 2, d].flatten() for i in (0, 1) for j in (0, 1) for d in range(4)
+    ]
     rows = torch.zeros(64, 64, dtype=f64)
     for k, members in enumerate(groups):
         rows[k, members.flatten()] = 1
@@ -263,11 +282,11 @@ def partly_infeasible(grad=True):
     return [t.requires_grad_(grad) for t in (Q, q, G, h)]
 
 
-OUTPUTS = ("x", "s", "lam", "lam_lower", "value")
+OUTPUTS = ("x", "s", "lam", "lam_lower", "lam_upper", "value")
 
 
 def solve_partly(Q, q, G, h):
-    return diffopt.solve_qp(Q, q, G=G, h=h, lower=-9.0, on_failure="return")
+    return diffopt.solve_qp(Q, q, G=G, h=h, lower=-9.0, upper=9.0, on_failure="return")
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -295,6 +314,28 @@ def test_unmasked_failure_gives_nan_and_only_there(output):
     assert got[0].isnan().all() and got[2].isnan().any()  # shared by the failed instance
     assert got[1].isnan().any(-1).tolist() == [False, True, False]
     assert got[3].isnan().any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("output", [*OUTPUTS, "nu"])
+@pytest.mark.parametrize("failure", ["nan", "crossed", "infeasible"])
+def test_every_failure_gives_nan_in_all_data(output, failure):
+    g = torch.Generator().manual_seed(0)
+    Q, q = torch.eye(2, dtype=f64).repeat(2, 1, 1), torch.randn(2, 2, dtype=f64, generator=g)
+    A, b = torch.ones(2, 1, 2, dtype=f64), torch.zeros(2, 1, dtype=f64)
+    G, h = torch.ones(2, 1, 2, dtype=f64), torch.ones(2, 1, dtype=f64)
+    lower, upper = -torch.ones(2, 2, dtype=f64), torch.ones(2, 2, dtype=f64)
+    if failure == "nan":
+        q[1, 0] = torch.nan
+    elif failure == "crossed":
+        lower[1, 0] = 2.0
+    else:
+        h[1] = -1.0
+    data = [t.requires_grad_() for t in (Q, q, A, b, G, h, lower, upper)]
+    value = getattr(diffopt.solve_qp(*data, on_failure="return"), output)
+    for name, slope in zip(
+        ["Q", "q", "A", "b", "G", "h", "lower", "upper"], torch.autograd.grad(value.sum(), data), strict=True
+    ):
+        assert slope[0].isfinite().all() and slope[1].isnan().any(), name
 
 
 def test_failure_in_forward_mode():
@@ -333,7 +374,9 @@ def test_iteration_limit_keeps_its_iterate_but_has_no_gradient():
 
 
 def test_failure_raises_by_default_and_carries_the_solution():
-    with pytest.raises(SolveFailed, match=r"1 of 3 instances were not solved by 'pdipm':\n  batch index \[1\]: PRIMAL_INF") as caught:
+    with pytest.raises(
+        SolveFailed, match=r"1 of 3 instances were not solved by 'pdipm':\n  batch index \[1\]: PRIMAL_INF"
+    ) as caught:
         Q, q, G, h = partly_infeasible()
         diffopt.solve_qp(Q, q, G=G, h=h)
     assert "on_failure='return'" in str(caught.value) and "relax them" in str(caught.value)

@@ -3,8 +3,9 @@
 import ast
 from pathlib import Path
 
-import diffopt
 import pytest
+
+import diffopt
 
 ROOT = Path(diffopt.__file__).parent
 GROUND = {"errors", "shapes", "solution", "cones", "linalg", "_version"}

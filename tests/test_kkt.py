@@ -56,7 +56,9 @@ def test_residuals_of_nonlinear_problems_match_those_of_the_qp():
 
     q = tensor(1, -2)
     general = Plain().standard_form({"q": q})
-    form = QPForm(2 * torch.eye(2, dtype=f64), q, torch.ones(1, 2, dtype=f64), tensor(1), torch.eye(2, dtype=f64), tensor(3, 3))
+    form = QPForm(
+        2 * torch.eye(2, dtype=f64), q, torch.ones(1, 2, dtype=f64), tensor(1), torch.eye(2, dtype=f64), tensor(3, 3)
+    )
     at = point(form, (1.0, 0.5), (0.2,), (0.1, 0.3))
     a, b = kkt.residuals(form, at), kkt.residuals(general, at)
     assert torch.allclose(a.primal, b.primal) and torch.allclose(a.gap * 7, b.gap * 7, atol=1)

@@ -26,7 +26,12 @@ from diffopt import (
 
 def structure():
     return QPStructure(
-        3, Q=fixed(1.0, form="scaled_identity"), q=given(), A=learned(torch.ones(1, 3)), b=learned(torch.ones(1)), lower=0.0
+        3,
+        Q=fixed(1.0, form="scaled_identity"),
+        q=given(),
+        A=learned(torch.ones(1, 3)),
+        b=learned(torch.ones(1)),
+        lower=0.0,
     )
 
 
@@ -69,9 +74,21 @@ def test_batch_dimensions_lead_and_broadcast():
 
 BAD = [
     (lambda: Layer(torch.eye(2)), ParameterError, "`problem` is Tensor. Expected a diffopt.DifferentiableProblem"),
-    (lambda: Layer(structure(), backend="cvx"), UnknownBackend, "Unknown backend 'cvx'. Expected 'auto', one of .*'pdipm'"),
-    (lambda: Layer(structure(), settings={"tolerance": 1}), SettingsError, r"`settings` is dict. Expected diffopt.Settings\(...\)"),
-    (lambda: Layer(structure(), on_failure="ignore"), SettingsError, "`on_failure` = 'ignore' is unknown. Expected 'raise' or 'return'"),
+    (
+        lambda: Layer(structure(), backend="cvx"),
+        UnknownBackend,
+        "Unknown backend 'cvx'. Expected 'auto', one of .*'pdipm'",
+    ),
+    (
+        lambda: Layer(structure(), settings={"tolerance": 1}),
+        SettingsError,
+        r"`settings` is dict. Expected diffopt.Settings\(...\)",
+    ),
+    (
+        lambda: Layer(structure(), on_failure="ignore"),
+        SettingsError,
+        "`on_failure` = 'ignore' is unknown. Expected 'raise' or 'return'",
+    ),
     (lambda: Layer(structure())(), ParameterError, "needs `q`, which was not given"),
     (lambda: Layer(structure())(q=torch.zeros(3), A=torch.ones(1, 3)), ParameterError, "`A` is declared learned"),
     (lambda: diffopt.solve_qp(torch.eye(2), torch.zeros(2), backend="nope"), UnknownBackend, "Unknown backend 'nope'"),
@@ -105,7 +122,9 @@ def test_a_backend_that_cannot_take_the_problem_says_why():
         def inequalities(self, x, p):
             return x[..., :0]
 
-    with pytest.raises(BackendUnsupported, match="'pdipm' cannot take this problem: it takes QPForm, not NonlinearForm. Use 'scipy'"):
+    with pytest.raises(
+        BackendUnsupported, match="'pdipm' cannot take this problem: it takes QPForm, not NonlinearForm. Use 'scipy'"
+    ):
         diffopt.solve(Quartic(), {"a": torch.zeros(2)}, backend="pdipm")
 
 

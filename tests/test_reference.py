@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import reference
 import torch
 
+import reference
 from diffopt.check import known
 
 

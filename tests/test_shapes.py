@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from diffopt.errors import DeviceError, DtypeError, ShapeError
 from diffopt.shapes import broadcast_batch, check_same_kind, describe, matvec, max_abs, rmatvec
 

@@ -6,7 +6,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -78,19 +78,6 @@ class RawPoint:
     system: Any = None
 
 
-class Solved(NamedTuple):
-    """A checked point: what `Backend.solve` hands to ``implicit.attach``."""
-
-    point: kkt.Point
-    status: Tensor
-    residuals: Residuals
-    iterations: Tensor
-    certificate: Certificate | None
-    backend: str
-    executor: str
-    system: Any
-
-
 class Backend(ABC):
     """A solver behind the contract of `RawPoint`. Subclasses write `_solve` and declare ``can``.
 
@@ -125,7 +112,7 @@ class Backend(ABC):
         return None
 
     @torch.no_grad()
-    def solve(self, form: Form, settings: Settings) -> Solved:
+    def solve(self, form: Form, settings: Settings) -> kkt.Solved:
         """Solve a batch, recompute the residuals from the original data, and correct the status.
 
         Args:
@@ -143,7 +130,7 @@ class Backend(ABC):
         # An infeasible or non-finite instance has no solution: NaN, so that no loss can use it unawares.
         point = kkt.Point(*(torch.where(failed.unsqueeze(-1), torch.nan, v) for v in point))
         residuals = Residuals(*(torch.where(failed, torch.nan, r) for r in residuals))
-        return Solved(
+        return kkt.Solved(
             point, status, residuals, raw.iterations, raw.certificate, self.name, raw.executor, raw.system
         )
 

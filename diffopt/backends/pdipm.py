@@ -22,9 +22,7 @@ class PdipmBackend(Backend):
     ``Solution.executor`` reads ``torch:`` and the reduction that was used.
     """
 
-    can = Capabilities(
-        forms=(QPForm,), devices=frozenset({"cpu", "cuda"}), batched=True, accuracy=1e-9, priority=100
-    )
+    can = Capabilities(forms=(QPForm,), devices=frozenset({"cpu", "cuda"}), batched=True, accuracy=1e-9, priority=100)
 
     def _solve(self, form: Form, settings: Settings) -> RawPoint:
         assert isinstance(form, QPForm)
@@ -66,6 +64,4 @@ def _system(found: pdipm.ActiveSystem | None, form: QPForm) -> kkt.System | None
     weak_row = torch.zeros_like(found.row)
     lower = none if found.lower is None else found.lower
     upper = none if found.upper is None else found.upper
-    return kkt.System(
-        found.factor, found.scaling, kkt.Activity(found.row, lower, upper, weak_row, none, none, fixed)
-    )
+    return kkt.System(found.factor, found.scaling, kkt.Activity(found.row, lower, upper, weak_row, none, none, fixed))

@@ -412,9 +412,7 @@ class _Augmented(Factor):
         return Blocks(x, eq, row, torch.where(rows.bound_in, bound, 0.0))
 
     def dependent(self) -> Tensor:
-        taking_part = torch.cat(
-            _same_batch_vectors(torch.ones_like(self.system.shift.eq).bool(), self.rows.row_in), -1
-        )
+        taking_part = torch.cat(_same_batch_vectors(torch.ones_like(self.system.shift.eq).bool(), self.rows.row_in), -1)
         return (taking_part & (pivots(self.S) < _pivot_floor(self.S.dtype))).sum(-1)
 
 

@@ -205,7 +205,7 @@ def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> Symmetric
     if Q.dim() < 2 or Q.shape[-1] != Q.shape[-2]:
         raise ShapeError(
             f"`Q` is not square. Expected Q of shape (*batch, {n}, {n}), got {tuple(Q.shape)}. "
-            f"For a diagonal Q pass diffopt.linalg.Diagonal(d)."
+            f"For a diagonal Q pass diffopt.Diagonal(d)."
         )
     if Q.shape[-1] != n:
         raise ShapeError(

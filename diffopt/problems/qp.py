@@ -131,7 +131,9 @@ def symmetric_matrix(name: str, value: Any, form: str, n: int, like: Tensor) -> 
         return value
     if form == "diagonal_plus_low_rank":
         if not (isinstance(value, tuple | list) and len(value) == 2):
-            raise ParameterError(f"`{name}` is declared {form!r}: expected a pair (diagonal, factor), got {type(value)}.")
+            raise ParameterError(
+                f"`{name}` is declared {form!r}: expected a pair (diagonal, factor), got {type(value)}."
+            )
         diagonal, factor = value
         require_tensor(f"{name}_diagonal", diagonal)
         require_tensor(f"{name}_factor", factor)

@@ -97,7 +97,10 @@ def least_infeasibility(qp: ScaledQP) -> Auxiliary:
     n, p, m, batch = qp.n, qp.p, qp.m, qp.batch
     size = n + p + m
     weight = torch.cat([qp.q.new_zeros(n), qp.q.new_ones(p + m)])
-    eye_p, eye_m = torch.eye(p, dtype=qp.q.dtype, device=qp.q.device), torch.eye(m, dtype=qp.q.dtype, device=qp.q.device)
+    eye_p, eye_m = (
+        torch.eye(p, dtype=qp.q.dtype, device=qp.q.device),
+        torch.eye(m, dtype=qp.q.dtype, device=qp.q.device),
+    )
     A = torch.cat([qp.A, (-eye_p).expand(*qp.A.shape[:-2], p, p), qp.A.new_zeros(*qp.A.shape[:-2], p, m)], -1)
     G = torch.cat([qp.G, qp.G.new_zeros(*qp.G.shape[:-2], m, p), (-eye_m).expand(*qp.G.shape[:-2], m, m)], -1)
     general, lower, upper = qp.split(torch.where(qp.on, qp.d, torch.inf))
@@ -126,6 +129,4 @@ def steepest_recession(qp: ScaledQP) -> Auxiliary:
     side = torch.where(on_general, zero, torch.inf)
     size = qp.q.abs().amax(-1, keepdim=True)
     q = qp.q / torch.where(size > 0, size, 1.0)
-    return Auxiliary(
-        Diagonal(qp.q.new_ones(n)), q, A, qp.q.new_zeros(*batch, n + qp.p), qp.G, side, low, high
-    )
+    return Auxiliary(Diagonal(qp.q.new_ones(n)), q, A, qp.q.new_zeros(*batch, n + qp.p), qp.G, side, low, high)

@@ -134,9 +134,7 @@ def screen(data: Data) -> Screen:
 
 def scale(data: Data, scaling: Scaling | None = None) -> ScaledQP:
     """Equilibrate."""
-    return ScaledQP(
-        data.Q, data.q, data.A, data.b, data.G, data.h, data.lower, data.upper, data.batch, scaling
-    )
+    return ScaledQP(data.Q, data.q, data.A, data.b, data.G, data.h, data.lower, data.upper, data.batch, scaling)
 
 
 def choose_reduction(qp: ScaledQP, wanted: str) -> tuple[str, Tensor]:

@@ -121,9 +121,7 @@ class ScaledQP:
         row_e, lower_e, upper_e = self.split(ratio)
         bound_in = self.bound_rows(lower_in, upper_in).bool()
         # A variable with two bounds is one row of combined weight 1/e_lower + 1/e_upper.
-        weight = self.bound_rows(
-            torch.where(lower_in, 1 / lower_e, 0.0), torch.where(upper_in, 1 / upper_e, 0.0)
-        )
+        weight = self.bound_rows(torch.where(lower_in, 1 / lower_e, 0.0), torch.where(upper_in, 1 / upper_e, 0.0))
         bound_e = torch.where(bound_in, 1 / torch.where(bound_in, weight, 1.0), 0.0)
         if self.fixed.shape[-1]:
             bound_in, bound_e = bound_in | self.fixed, torch.where(self.fixed, 0.0, bound_e)
@@ -159,4 +157,3 @@ def _largest(*vectors: Tensor) -> Tensor:
         if vector.shape[-1]:
             result = torch.maximum(result, max_abs(vector))
     return result
-

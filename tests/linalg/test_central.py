@@ -1,6 +1,7 @@
 """The central rule against the central path itself."""
 
 import torch
+
 from diffopt.linalg import Dense
 from diffopt.linalg.central import central_ratio
 from diffopt.linalg.saddle import Rows, Saddle, Shift

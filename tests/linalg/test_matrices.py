@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from diffopt.linalg import Dense, Diagonal, DiagonalPlusLowRank
 
 

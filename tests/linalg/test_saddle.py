@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from diffopt.linalg import Dense, Diagonal, DiagonalPlusLowRank
 from diffopt.linalg.saddle import Blocks, Rows, Saddle, Shift, solve_minimum_norm
 

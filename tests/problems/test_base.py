@@ -1,8 +1,9 @@
 """A problem class of one's own, far from quadratic: entropy over the simplex, whose answer is softmax."""
 
-import diffopt
 import pytest
 import torch
+
+import diffopt
 from diffopt import Param, ParameterError, ShapeError
 
 f64 = torch.float64

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from diffopt import DeviceError, Diagonal, DtypeError, ParameterError, QPForm, ShapeError
 from diffopt.cones import NonnegativeCone, ProductCone
 
@@ -27,7 +28,7 @@ def test_shapes_of_a_working_form():
 
 BROKEN = [
     (dict(Q=torch.zeros(4, 3)), ShapeError, r"`Q` is not square. Expected Q of shape \(\*batch, 4, 4\), got \(4, 3\)"),
-    (dict(Q=torch.zeros(4)), ShapeError, r"`Q` is not square.*diffopt.linalg.Diagonal"),
+    (dict(Q=torch.zeros(4)), ShapeError, r"`Q` is not square.*diffopt.Diagonal"),
     (dict(Q=torch.eye(3)), ShapeError, r"`Q` is 3 x 3 but `q` has 4 entries"),
     (dict(Q=Diagonal(torch.ones(3))), ShapeError, "`Q` is 3 x 3 but q has 4 entries"),
     (dict(Q=[[1.0]]), ParameterError, r"`Q` must be a torch tensor, got list.*torch.as_tensor\(Q\)"),

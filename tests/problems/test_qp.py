@@ -1,8 +1,9 @@
 """QP structures: where values come from, forms of Q, and closed derivatives against derived ones."""
 
-import diffopt
 import pytest
 import torch
+
+import diffopt
 from diffopt import ParameterError, QPForm, QPStructure, ShapeError, fixed, given, kkt, learned
 from diffopt.problems.base import NonlinearForm
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from diffopt import ParameterError, absent, fixed, given, learned
 from diffopt.problems.structure import declare
 

@@ -1,8 +1,9 @@
 """The primary solver on ordinary, degenerate and impossible data: status, accuracy, certificates."""
 
-import diffopt
 import pytest
 import torch
+
+import diffopt
 from diffopt import Diagonal, Settings, Status
 
 f64 = torch.float64
@@ -133,12 +134,16 @@ def test_inconsistent_equalities():
 def test_unbounded_with_ray():
     Q = torch.diag(torch.tensor([1.0, 0.0], dtype=f64))
     q = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, -1.0]], dtype=f64)
-    solution = diffopt.solve_qp(Q, q, G=torch.tensor([[1.0, 1.0]], dtype=f64), h=torch.ones(1, dtype=f64), on_failure="return")
+    solution = diffopt.solve_qp(
+        Q, q, G=torch.tensor([[1.0, 1.0]], dtype=f64), h=torch.ones(1, dtype=f64), on_failure="return"
+    )
     assert solution.status.tolist() == [Status.DUAL_INFEASIBLE, Status.SOLVED, Status.SOLVED]
     ray = solution.certificate.x[0]
     assert (Q @ ray).abs().max() < 1e-8 and ray.sum() <= 1e-8 and abs(float(q[0] @ ray) + 1) < 1e-9
     assert solution.certificate.lam[0].isnan().all()
-    both = diffopt.solve_qp(None, q[:1], G=torch.tensor([[1.0, 0], [-1, 0]], dtype=f64), h=-torch.ones(2, dtype=f64), on_failure="return")
+    both = diffopt.solve_qp(
+        None, q[:1], G=torch.tensor([[1.0, 0], [-1, 0]], dtype=f64), h=-torch.ones(2, dtype=f64), on_failure="return"
+    )
     assert both.status.tolist() == [Status.PRIMAL_INFEASIBLE]  # unbounded too, but there is no x at all
 
 
@@ -194,7 +199,9 @@ def test_vertices_fixed_variables_and_pairs(linear):
     lower, upper = torch.tensor([0.0, 0, 0, 0.7], dtype=f64), torch.tensor([1.0, 1, 1, 0.7], dtype=f64)
     Q = None if linear else 0.1 * torch.eye(4, dtype=f64)
     pair = torch.tensor([[1.0, 0, 0, 0], [-1, 0, 0, 0]], dtype=f64)
-    solution = diffopt.solve_qp(Q, q, A, torch.tensor([1.0, 2.0], dtype=f64), pair, torch.tensor([1.0, -1.0], dtype=f64), lower, upper)
+    solution = diffopt.solve_qp(
+        Q, q, A, torch.tensor([1.0, 2.0], dtype=f64), pair, torch.tensor([1.0, -1.0], dtype=f64), lower, upper
+    )
     assert torch.allclose(solution.x, torch.tensor([1.0, 0, 0, 0.7], dtype=f64), atol=1e-12)
     assert solution.dependent >= 1
     force = solution.lam_upper[3] - solution.lam_lower[3]
