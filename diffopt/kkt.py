@@ -66,7 +66,7 @@ def gradient(form: Form, x: Tensor) -> Tensor:
 
 
 def _jacobian(function, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    values, pullback = torch.func.vjp(function, x)
+    values, pullback = torch.func.vjp(function, x)[:2]
     size = values.shape[-1]
     if size == 0:
         return x.new_zeros(*x.shape[:-1], 0, x.shape[-1])

@@ -63,7 +63,7 @@ class Layer(nn.Module):
         self.problem = problem
         self.backend = _checked_backend(backend)
         self.settings = _checked_settings(settings)
-        self.on_failure = _checked_policy(on_failure)
+        self.on_failure: OnFailure = _checked_policy(on_failure)
         self._parts: dict[str, tuple[str | float, ...]] = {}
         for name, declared in problem.declared.items():
             kept: list[str | float] = []
@@ -105,7 +105,7 @@ class Layer(nn.Module):
 
     def _own(self, parts: tuple[str | float, ...]) -> Any:
         values = tuple(getattr(self, part) if isinstance(part, str) else part for part in parts)
-        return values if len(values) > 1 else values[0]
+        return values if len(values) != 1 else values[0]
 
     def extra_repr(self) -> str:
         backend = self.backend if isinstance(self.backend, str) else self.backend.name

@@ -31,7 +31,7 @@ REMEDIES: dict[Status, str] = {
     Status.PRIMAL_INFEASIBLE: "no x satisfies its constraints; relax them (see `Solution.certificate`)",
     Status.DUAL_INFEASIBLE: "its objective is unbounded below; add bounds or curvature (see `Solution.certificate`)",
     Status.NUMERICAL_ERROR: "check that Q is positive semidefinite and the data well scaled, or use float64",
-    Status.NONFINITE_INPUT: "its data holds NaN or infinity (only h, lower and upper may be infinite, as absent bounds)",
+    Status.NONFINITE_INPUT: "its data holds NaN or infinity (h, lower and upper may be infinite: absent bounds)",
 }
 """What to do about each failure; the message of `SolveFailed` quotes it."""
 

@@ -175,7 +175,7 @@ class NonlinearForm(Form):
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> NonlinearForm:
         twin = object.__new__(NonlinearForm)
-        twin.__dict__.update(self.__dict__, params=dict(tensors))
+        vars(twin).update(vars(self), params=dict(tensors))
         return twin
 
     def objective(self, x: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class QPForm(Form):
     def with_tensors(self, tensors: dict[str, Tensor]) -> QPForm:
         # The twin is not checked again: it has the shapes of this form.
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        vars(twin).update(vars(self))
         count = len(self.Q.tensors())
         names = list(tensors)
         twin.Q = self.Q.with_tensors(*(tensors[name] for name in names[:count]))

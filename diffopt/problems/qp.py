@@ -132,7 +132,7 @@ def symmetric_matrix(name: str, value: Any, form: str, n: int, like: Tensor) -> 
     if form == "diagonal_plus_low_rank":
         if not (isinstance(value, tuple | list) and len(value) == 2):
             raise ParameterError(
-                f"`{name}` is declared {form!r}: expected a pair (diagonal, factor), got {type(value)}."
+                f"`{name}` is declared {form!r}: expected a pair (diagonal, factor), got {type(value).__name__}."
             )
         diagonal, factor = value
         require_tensor(f"{name}_diagonal", diagonal)
@@ -146,6 +146,7 @@ def symmetric_matrix(name: str, value: Any, form: str, n: int, like: Tensor) -> 
             )
         return DiagonalPlusLowRank(diagonal, factor)
     require_tensor(name, value)
+    assert isinstance(value, Tensor)
     if form == "scaled_identity":
         return Diagonal(value.unsqueeze(-1).expand(*value.shape, n))
     if form == "diagonal":

@@ -42,7 +42,7 @@ class Declared:
 
     def value(self) -> Tensor | float | tuple[Tensor | float, ...]:
         """Return the value in the form that a call would give it."""
-        return self.parts if len(self.parts) > 1 else self.parts[0]
+        return self.parts if len(self.parts) != 1 else self.parts[0]
 
 
 def given(form: str = "dense") -> Declared:

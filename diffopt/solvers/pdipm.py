@@ -303,5 +303,9 @@ def _original_rays(
         has_x, has_dual = has_x & ~crossed, has_dual | crossed
     # Scaled depth is cost times the original one for duals, and for x the cost times q'x.
     cost = torch.where(crossed.unsqueeze(-1), 1.0, qp.scaling.cost)
-    duals = tuple(torch.where(has_dual.unsqueeze(-1), v * cost, torch.nan) for v in (nu, lam, lam_lower, lam_upper))
-    return (torch.where(has_x.unsqueeze(-1), x * cost, torch.nan), *duals)
+
+    def shown(v: Tensor, has: Tensor) -> Tensor:
+        return torch.where(has.unsqueeze(-1), v * cost, torch.nan)
+
+    duals = shown(nu, has_dual), shown(lam, has_dual), shown(lam_lower, has_dual), shown(lam_upper, has_dual)
+    return shown(x, has_x), *duals

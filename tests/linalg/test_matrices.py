@@ -16,7 +16,7 @@ def cases(batch):
 @pytest.mark.parametrize("kind", range(3))
 def test_laws(batch, kind):
     Q = cases(batch)[kind]
-    D, x, y = Q.dense(), torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    D, x = Q.dense(), torch.randn(3, 4, dtype=torch.float64)
     assert Q.n == 4 and Q.batch_shape == batch
     assert torch.allclose(D, D.mT)
     assert torch.allclose(Q.matvec(x), (D @ x[..., None])[..., 0])
