@@ -3,6 +3,8 @@
 #   make demo       train a QP layer on mini-Sudoku puzzles, draw what it learned
 #   make test       all tests but the slow ones, with the coverage of diffopt/ (at least 95 %)
 #   make slow       the slow tests
+#   make mutations  plant faults in the core one at a time; each must be caught by a test
+#   make accuracy   print the worst errors of x and of all gradients against an exact reference
 #   make lint       format, lint and types
 #   make coverage   make test, then the lines that the measurement leaves out
 #   make docs       build the documentation site into site/
@@ -22,7 +24,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq -
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format coverage docs clean
+.PHONY: help demo test slow mutations accuracy lint format coverage docs clean
 .NOTPARALLEL:
 
 help:
@@ -40,14 +42,21 @@ $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP_INSTALL) --editable '.[$*]'
 	@touch $@
 
+# Waiting threads sleep instead of spinning: spinning halves the speed where another process wants the cores.
 demo: $(VENV)/installed-examples
-	$(BIN)/python examples/sudoku.py --output output $(DEMO_OPTIONS)
+	OMP_WAIT_POLICY=passive $(BIN)/python examples/sudoku.py --output output $(DEMO_OPTIONS)
 
 test: $(VENV)/installed-test
 	$(PYTEST) -m "not slow" --cov --cov-report=term
 
 slow: $(VENV)/installed-test
 	$(PYTEST) -m slow
+
+mutations: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
+
+accuracy: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/accuracy.py
 
 coverage: test
 	@echo "Lines that need a GPU and are not measured:"

@@ -92,9 +92,13 @@ def _check_solver(solver: str, options: dict[str, Any]) -> None:
         )
     x = cp.Variable()
     try:
-        # Each solver checks its options in its own way, and only when it runs: so run it once.
-        cp.Problem(cp.Minimize(x), [x >= 1]).solve(solver=solver, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Each solver checks its options in its own way, and only when it runs: so run it once.
+            cp.Problem(cp.Minimize(x), [x >= 1]).solve(solver=solver, **options)
     except Exception as error:
+        if isinstance(error, cp.error.SolverError) and f"'{solver}' failed" in str(error):
+            return  # it took them, and with them did not get far: a matter of statuses
         raise SettingsError(
             f"CVXPY solver {solver!r} refuses the options {options!r}: {error} "
             f"Expected options of this solver by CVXPY's names; see its page in CVXPY's documentation."

@@ -1,5 +1,8 @@
 """The primary solver on ordinary, degenerate and impossible data: status, accuracy, certificates."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +77,15 @@ def test_cycling_problems_converge(reduction):
     # Textbook Mehrotra cycles on about one in 3,000 of these.
     solution = diffopt.solve_qp(*optnet(4096, 6, 6, seed=1), settings=Settings(reduction=reduction))
     assert (solution.status == Status.SOLVED).all() and solution.iterations.max() <= 25
+
+
+@pytest.mark.parametrize("reduction", ["diagonal", "dual", "primal"])
+def test_a_sudoku_that_cycles_in_spite_of_recentring(reduction):
+    with np.load(Path(__file__).parents[1] / "data" / "cycling_sudoku.npz") as f:
+        puzzle, A, w = (torch.from_numpy(f[name]).double() for name in ("puzzle", "A", "w"))
+    Q = Diagonal(torch.full((64,), 0.1, dtype=f64)) if reduction == "diagonal" else 0.1 * torch.eye(64, dtype=f64)
+    settings = Settings(reduction=reduction, max_iterations=30)
+    assert diffopt.solve_qp(Q, -puzzle, A, A @ w.exp(), lower=0.0, settings=settings).ok
 
 
 def farkas_holds(solution, i, Q, q, A, b, G, h, lower, upper):

@@ -1,0 +1,102 @@
+"""Plant faults in the core, one at a time, and see that a test fails for each: ``make mutations``.
+
+Each fault is one replacement in one file of a copy of the tree. A fault that no test notices
+("survived"), or a text that is no longer in the file, makes the run fail.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Fault(NamedTuple):
+    """``name``; ``file`` below diffopt/; ``old`` becomes ``new``; ``tests`` that may notice it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    Fault("sign of the gradient through K", "implicit.py", "tuple(-g.sum_to_size", "tuple(g.sum_to_size", "test_implicit.py"),
+    Fault("dG without its lam term", "kkt.py", "+ rmatvec(form.A, w.eq) + rmatvec(form.G, lam)",
+          "+ rmatvec(form.A, w.eq) + rmatvec(form.G, lam).detach()", "test_implicit.py"),
+    Fault("mean instead of sum over the batch", "implicit.py", "        w = w.minus(step)",
+          "        w = w.minus(Blocks(*(v / max(len(v), 1) for v in step)))", "test_implicit.py"),
+    Fault("status always solved", "backends/base.py", "graded = torch.full_like(status, Status.NUMERICAL_ERROR)",
+          "return torch.full_like(status, Status.SOLVED)", "solvers/test_pdipm.py"),
+    Fault("residuals not checked", "backends/base.py", "graded = torch.where(worst <= tolerance, Status.SOLVED, graded)",
+          "graded = torch.full_like(status, Status.SOLVED)", "test_layer.py test_contract.py"),
+    Fault("sign of the equality dual", "solvers/pdipm.py", "eq * state.nu / cost", "-eq * state.nu / cost", "laws/test_envelope.py"),
+    Fault("sign of a bound's dual", "kkt.py", "((form.lower, point.lam_lower, -1)", "((form.lower, point.lam_lower, 1)", "test_kkt.py"),
+    Fault("dQ not symmetric", "problems/forms.py", "Dense(0.5 * (Q + Q.mT))", "Dense(Q)", "problems/test_forms.py"),
+    Fault("failed instances get a finite gradient", "implicit.py", "spoiled = ((self.failed & asked) | poisoned)",
+          "spoiled = (poisoned & poisoned)", "test_implicit.py"),
+    Fault("only the active rows of a failed instance", "implicit.py", "row=active.row | bad", "row=active.row & ~bad", "test_implicit.py"),
+    Fault("kink rule ignored", "implicit.py", 'joins = weak_any and kink_rule != "inactive"', "joins = False", "test_implicit.py"),
+    Fault("weakly active rows held", "kkt.py", "there & (dual > slack) & ~weak, weak", "there & (dual >= slack), weak", "test_implicit.py"),
+    Fault("certificate not checked", "solvers/certificates.py",
+          "holds = run & (depth > 0) & torch.isfinite(depth) & (error <= TOLERANCE)", "holds = run", "solvers/test_pdipm.py"),
+    Fault("finished instances go on", "solvers/interior_point.py", "state = moved.where(~stopped, state)", "state = moved",
+          "solvers/test_pdipm.py laws/test_batch_equals_loop.py"),
+    Fault("no guard against cycling", "solvers/interior_point.py", "sigma.clamp_min(0.3)", "sigma", "solvers/test_pdipm.py"),
+    Fault("no short steps after slow ones", "solvers/interior_point.py", "(slow >= 2) & (reach < 0.9), 0.9, eta",
+          "(slow >= 2) & (reach < 0.9), eta, eta", "solvers/test_pdipm.py"),
+    Fault("fixed variable follows one side only", "kkt.py", "torch.where(active.fixed, 0.5 * (lower + upper), held)",
+          "torch.where(active.fixed, lower, held)", "test_implicit.py"),
+    Fault("dependent rows: no minimum norm", "linalg/saddle.py", "            u = u.minus(part)", "            pass", "linalg/test_saddle.py"),
+    Fault("dependent rows: inconsistent part kept", "linalg/saddle.py", "            r = r.minus(part)", "            pass", "linalg/test_saddle.py"),
+    Fault("polish without refinement", "linalg/saddle.py", "for _ in range(most):", "for _ in range(0):", "linalg solvers"),
+    Fault("value without the equality term", "implicit.py", "total = form.objective(x) + (nu * form.equalities(x)).sum(-1)",
+          "total = form.objective(x)", "laws/test_envelope.py"),
+    Fault("slack detached", "implicit.py", "values.s + slack,", "values.s + slack.detach(),", "test_implicit.py"),
+    Fault("objective scale forgotten in duals", "solvers/pdipm.py", "rows * general / cost", "rows * general", "solvers"),
+    Fault("active set in original units", "kkt.py", "read(point.s * rows, point.lam * cost / rows)", "read(point.s, point.lam)", "test_kkt.py"),
+    Fault("float32 solved loosely", "backends/pdipm.py", "1e-8 if form.dtype == torch.float32", "1e-1 if form.dtype == torch.float32",
+          "solvers/test_pdipm.py"),
+    Fault("auto takes the last choice", "backends/registry.py", "return _all()[max(willing,", "return _all()[min(willing,", "test_solution.py"),
+    Fault("given values may replace learned ones", "problems/base.py", 'if kind != "given":', 'if kind == "none":', "test_layer.py"),
+]  # fmt: skip
+
+
+def main() -> int:
+    survived: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "tree"
+        ignore = shutil.ignore_patterns(".venv", ".git", "output", "site", "__pycache__", ".hypothesis", ".*_cache")
+        shutil.copytree(ROOT, copy, ignore=ignore)
+        for fault in FAULTS:
+            path = copy / "diffopt" / fault.file
+            original = path.read_text()
+            if original.count(fault.old) < 1:
+                print(f"STALE     {fault.name}: text not found in {fault.file}")
+                survived.append(fault.name)
+                continue
+            path.write_text(original.replace(fault.old, fault.new))
+            tests = [f"tests/{name}" for name in fault.tests.split()]
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+            start = time.perf_counter()
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+            path.write_text(original)
+            caught = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            word = "caught" if done.returncode == 1 and caught else "SURVIVED"
+            by = caught[0].split(" - ")[0].removeprefix("FAILED ") if caught else f"exit status {done.returncode}"
+            print(f"{word:9} {fault.name}: {by} ({time.perf_counter() - start:.0f} s)", flush=True)
+            if word != "caught":
+                survived.append(fault.name)
+    print(f"{len(FAULTS) - len(survived)} of {len(FAULTS)} faults caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
