@@ -159,7 +159,8 @@ def _value(form: Form, point: kkt.Point, values: kkt.Point, safe: kkt.Point, fai
         return objective
     bad = failed.unsqueeze(-1)
     x, _, nu, lam, lower, upper = (
-        torch.where(bad, a, b - (v - c)) for a, b, v, c in zip(safe, point, values, safe, strict=True)
+        _Stationary.apply(torch.where(bad, a, b - (v - c)))
+        for a, b, v, c in zip(safe, point, values, safe, strict=True)
     )
     g = form.inequalities(x)
     total = form.objective(x) + (nu * form.equalities(x)).sum(-1)
@@ -254,6 +255,8 @@ class _KKT:
     def solve(self, r: Blocks, transpose: bool) -> Blocks:
         """Return K^-1 r (or K'^-1 r): zero where r is zero, NaN where a failed instance has r != 0."""
         asked = torch.stack([(v != 0).any(-1) for v in r if v.shape[-1]]).any(0)
+        if not bool(asked.any()):
+            return Blocks(*(torch.zeros_like(v) for v in r))
         bad = self.failed.unsqueeze(-1)
         # NaN that comes in goes out, and must not meet a factor that neighbours share.
         poisoned = ~torch.stack([torch.isfinite(v).all(-1) for v in r if v.shape[-1]]).all(0) & asked
@@ -404,6 +407,31 @@ def _matrix_tangent(
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a.unsqueeze(-1) * b.unsqueeze(-2)
+
+
+class _Stationary(torch.autograd.Function):
+    """The identity on a point at which the function to follow is stationary: its slope there is zero.
+
+    So a first derivative stops here, and no system is solved for it; higher ones go on.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor) -> Tensor:
+        return v.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad if torch.is_grad_enabled() else torch.zeros_like(grad)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent
 
 
 class _Gate(torch.autograd.Function):

@@ -189,7 +189,7 @@ def instances(form: QPForm) -> list[dict[str, Tensor]]:
 def per_instance(tensor: Tensor, core_dims: int, batch_shape: torch.Size) -> Tensor:
     """Return a tensor whose last ``core_dims`` dimensions belong to one instance as ``(count, *core)``."""
     core = tensor.shape[tensor.dim() - core_dims :]
-    return tensor.expand(*batch_shape, *core).reshape(batch_shape.numel(), *core)
+    return tensor.expand((*batch_shape, *core)).reshape((batch_shape.numel(), *core))
 
 
 @dataclass

@@ -115,7 +115,12 @@ def test_status_of_each_failure(backend, name, neighbours):
     problem, expected = failing(name)
     if neighbours:  # a fine instance on either side, at q = 0 and within every bound of the failing ones
         fine = QPForm(torch.eye(2, dtype=f64), torch.zeros(2, dtype=f64))
-        wide = {"A": problem.A, "b": problem.b * 0, "G": problem.G, "h": problem.h.abs().nan_to_num(nan=1.0, posinf=1.0)}
+        wide = {
+            "A": problem.A,
+            "b": problem.b * 0,
+            "G": problem.G,
+            "h": problem.h.abs().nan_to_num(nan=1.0, posinf=1.0),
+        }
         wide |= {
             "Q": fine.Q.dense(),
             "q": fine.q,
