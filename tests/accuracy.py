@@ -14,10 +14,10 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("laws", ".", "..")]
 
-import measures
 import test_gradients_reference as law
 
 import diffopt
+import measures
 from diffopt.check import known
 
 

@@ -86,7 +86,7 @@ CUTS = 100
 """Cutting planes tried as a proof of infeasibility."""
 
 FAR = 1e8
-"""Distance, in units of x, that stands for infinity."""
+"""Distance that stands for infinity, in equilibrated units of x and of what x has reached."""
 
 
 @register("scipy")
@@ -574,14 +574,15 @@ def _falls_forever(problem: _Smooth, y: Any) -> bool:
     """
     slope = problem.gradient(y)
     C, c = problem.equalities
+    reach = FAR * max(1.0, np.abs(y).max())
     for d in (y - problem.start, -problem.kernel @ (problem.kernel.T @ slope)):
         if (length := np.abs(d).max()) == 0 or not np.isfinite(length):
             continue
-        far, beyond = y + FAR * d / length, y + 2 * FAR * d / length
+        far, beyond = y + reach * d / length, y + 2 * reach * d / length
         inside = (beyond >= problem.lower).all() and (beyond <= problem.upper).all()
-        inside = inside and np.abs(C @ beyond - c).max(initial=0) <= ALMOST * FAR
+        inside = inside and np.abs(C @ beyond - c).max(initial=0) <= ALMOST * reach
         inside = inside and problem.inequalities(beyond).max(initial=0) <= 0
         fall = problem.objective(far) - problem.objective(beyond)
-        if inside and np.isfinite(fall) and fall > ALMOST * FAR * np.abs(slope).max():
+        if inside and np.isfinite(fall) and fall > ALMOST * reach * np.abs(slope).max():
             return True
     return False

@@ -24,6 +24,10 @@ from diffopt.linalg.matrices import DiagonalPlusLowRank, SymmetricMatrix
 from diffopt.shapes import matvec, max_abs, rmatvec
 
 
+SHARED_GRAM = 1_000_000
+"""Most numbers (8 MB) to keep of the products of pairs of shared rows."""
+
+
 class Blocks(NamedTuple):
     """A vector of the saddle-point system: x ``(*batch, n)``, eq ``(*batch, p)``, row
     ``(*batch, m)``, bound ``(*batch, n)`` or ``(*batch, 0)`` when the problem has no bounds."""
@@ -86,6 +90,7 @@ class Saddle:
     def __init__(self, Q: SymmetricMatrix, A: Tensor, G: Tensor, reduction: str, shift: Shift) -> None:
         self.Q, self.A, self.G, self.reduction, self.shift = Q, A, G, reduction, shift
         self.failed = torch.zeros((), dtype=torch.bool, device=A.device)
+        self._products: Tensor | None = None
         if reduction == "dual":
             self._prepare_dual()
 
@@ -112,6 +117,12 @@ class Saddle:
                 P = P - half.mT @ half
             self._cache[with_bounds] = V, cross, P
         return self._cache[with_bounds]
+
+    def row_products(self, B: Tensor) -> Tensor:
+        """Return the products of all pairs of rows of a shared matrix, ``(n, rows * rows)``; computed once."""
+        if self._products is None:
+            self._products = (B.mT.unsqueeze(-1) * B.mT.unsqueeze(-2)).flatten(1)
+        return self._products
 
     def factor(self, rows: Rows, final: bool = False) -> Factor:
         """Factor the system for the rows that take part; ``final`` for those of a final active set (e = 0)."""
@@ -294,9 +305,17 @@ class _Diagonal(Factor):
         self.sizes = [block.shape[-2] for block in blocks]
         self.B = torch.cat(_same_batch(*blocks), -2) if len(blocks) > 1 else blocks[0]
         self.E = torch.cat(_same_batch_vectors(*shifts), -1) if len(shifts) > 1 else shifts[0]
-        half = self.B * self.H.rsqrt().unsqueeze(-2)
-        self.S, failed = cholesky(add_diagonal(half @ half.mT, self.E))
+        self.S, failed = cholesky(add_diagonal(self._gram(), self.E))
         self.failed = failed | ~(self.H > 0).all(-1)
+
+    def _gram(self) -> Tensor:
+        """Return B H^-1 B'."""
+        rows, n = self.B.shape[-2:]
+        if self.B.dim() == 2 and self.H.dim() > 1 and rows * rows * n <= SHARED_GRAM:
+            # Shared rows: all instances are one product with the products of pairs of rows.
+            return (1 / self.H @ self.system.row_products(self.B)).unflatten(-1, (rows, rows))
+        half = self.B * self.H.rsqrt().unsqueeze(-2)
+        return half @ half.mT
 
     def raw(self, r: Blocks) -> Blocks:
         system = self.system

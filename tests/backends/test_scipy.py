@@ -140,7 +140,7 @@ def test_nonlinear_failures():
         (disc(cap=(-1.0, -2.0, 0.0)), Status.PRIMAL_INFEASIBLE),
         (disc(Linear()), Status.DUAL_INFEASIBLE),
         (disc(Linear(), c=(3.0, 0.0, 0.0), cap=(1.0, 1.0, 1.0)), Status.DUAL_INFEASIBLE),
-        (disc(Root(), r=5.0), Status.NUMERICAL_ERROR),  # no start is in the domain, which starts at 5
+        (disc(Root(), r=50.0, cap=(99.0,) * 3), Status.NUMERICAL_ERROR),  # no start is found in the domain
         (posed(Entropy(lower=0.5), c=torch.zeros(5, dtype=f64)), Status.PRIMAL_INFEASIBLE),
     ):
         found = ScipyBackend().solve(problem, Settings(max_iterations=10))
