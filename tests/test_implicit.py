@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import diffopt
-from diffopt import Diagonal, Settings, SolveFailed, Status
+from diffopt import Diagonal, Settings, SolveFailed, Status, implicit
 
 f64 = torch.float64
 
@@ -40,11 +40,12 @@ def test_second_derivatives(structure):
     data = random_qp(2, 4, 4, 1)
     d, U = tensor(1.0, 2.0, 3.0, 1.5, grad=True), torch.randn(2, 4, 2, dtype=f64, requires_grad=True)
     hessian = {"dense": [data[0]], "diagonal": [d], "low_rank": [d, U]}[structure]
+    weights = torch.randn(4 + 4 + 4 + 1 + 4 + 4 + 1, dtype=f64) / 4  # every output takes part
     make = {"dense": lambda Q: Q, "diagonal": Diagonal, "low_rank": diffopt.DiagonalPlusLowRank}[structure]
 
     def outputs(*tensors):
         k = len(hessian)
-        return everything(make(*tensors[:k]), *tensors[k:])[..., ::2].tanh().sum(-1)
+        return (everything(make(*tensors[:k]), *tensors[k:]) @ weights).tanh()
 
     inputs = (*hessian, *data[1:])
     assert torch.autograd.gradcheck(outputs, inputs, fast_mode=True, check_forward_ad=True)
@@ -100,6 +101,18 @@ def test_shared_data_gets_the_sum_and_Q_a_symmetric_gradient():
     for t, each in zip(shared, together, strict=True):
         assert torch.allclose(t.grad, each if t is q else each.sum(0), atol=1e-10)
     assert torch.allclose(shared[0].grad, shared[0].grad.mT, atol=1e-14) and shared[0].grad.abs().max() > 1e-3
+
+
+def test_first_derivative_of_the_value_solves_no_system(monkeypatch):
+    data = random_qp()
+    solution = diffopt.solve_qp(*data)
+    called = []
+    solve = implicit.solve_minimum_norm
+    monkeypatch.setattr(implicit, "solve_minimum_norm", lambda *a: called.append(1) or solve(*a))
+    slopes = torch.autograd.grad(solution.value.sum(), data, retain_graph=True)
+    assert not called and torch.allclose(slopes[3], -solution.nu, atol=1e-10)
+    torch.autograd.grad(solution.x.sum(), data)
+    assert len(called) == 1  # and one for everything else
 
 
 def test_no_work_for_backward_without_gradients():

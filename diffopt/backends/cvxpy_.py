@@ -74,10 +74,10 @@ class CvxpyBackend(Backend):
 
     def _solve(self, form: Form, settings: Settings) -> RawPoint:
         assert isinstance(form, QPForm)
-        options = _default_options(self.solver, settings) | self.solver_options
+        tight = _tight_options(self.solver, settings) | self.solver_options
 
         def solve_one(data: dict[str, Tensor]) -> InstancePoint:
-            return screen(data) or _solve_instance(data, self.solver, options)
+            return screen(data) or _solve_instance(data, self.solver, tight, self.solver_options)
 
         return solve_each(form, settings, instances(form), solve_one, self.solver)
 
@@ -105,14 +105,13 @@ def _check_solver(solver: str, options: dict[str, Any]) -> None:
         ) from error
 
 
-def _default_options(solver: str, settings: Settings) -> dict[str, Any]:
+def _tight_options(solver: str, settings: Settings) -> dict[str, Any]:
     # A point at tolerance t of its solver misses our relative residuals by up to a factor of 10 or
     # so, since norms and scales differ: ask for a tenth of what is wanted. Clarabel reaches 1e-10 on
-    # well-scaled data; where it does not, `accept_unknown` makes it hand over its best point.
-    tight = min(1e-10, 0.1 * settings.tolerance_for(torch.float64))
+    # data that is scaled well.
     if solver == "CLARABEL":
-        limits = {"max_iter": settings.max_iterations, "accept_unknown": True}
-        return {"tol_gap_abs": tight, "tol_gap_rel": tight, "tol_feas": tight} | limits
+        tight = min(1e-10, 0.1 * settings.tolerance_for(torch.float64))
+        return {"tol_gap_abs": tight, "tol_gap_rel": tight, "tol_feas": tight, "max_iter": settings.max_iterations}
     # First-order solvers take thousands of cheap iterations where interior points take tens, and end
     # far from 1e-10: ask for what gives the polish the right active set. Their limits are in
     # their own units.
@@ -125,7 +124,9 @@ def _default_options(solver: str, settings: Settings) -> dict[str, Any]:
     return {}
 
 
-def _solve_instance(data: dict[str, Tensor], solver: str, options: dict[str, Any]) -> InstancePoint:
+def _solve_instance(
+    data: dict[str, Tensor], solver: str, tight: dict[str, Any], plain: dict[str, Any]
+) -> InstancePoint:
     cp = _cvxpy()
     Q, q, A, b, G, h, lower, upper = (data[name].numpy() for name in ("Q", "q", "A", "b", "G", "h", "lower", "upper"))
     x = cp.Variable(q.size)
@@ -151,9 +152,11 @@ def _solve_instance(data: dict[str, Tensor], solver: str, options: dict[str, Any
     # psd_wrap: CVXPY's own test of Q fails by rounding, and `screen` has refused an indefinite Q.
     cost = q @ x + (0.5 * cp.quad_form(x, cp.psd_wrap(Q)) if Q.any() else 0)
     problem = cp.Problem(cp.Minimize(cost), [*constraints.values(), *unconstrained])
-    code = _run(problem, solver, options)
+    code = _run(problem, solver, tight)
+    if code == "solver_error" and tight != plain:  # out of reach: then as accurate as the solver does by itself
+        code = _run(problem, solver, plain)
     if code == "infeasible_or_unbounded":
-        feasibility = _run(cp.Problem(cp.Minimize(0), problem.constraints), solver, options)
+        feasibility = _run(cp.Problem(cp.Minimize(0), problem.constraints), solver, plain)
         code = "infeasible" if STATUSES.get(feasibility) == Status.PRIMAL_INFEASIBLE else "unbounded"
     status = STATUSES.get(code, Status.NUMERICAL_ERROR)
     iterations = int(getattr(problem.solver_stats, "num_iters", None) or 0)

@@ -23,7 +23,6 @@ from diffopt.linalg.cholesky import add_diagonal, cholesky, cholesky_solve, lowe
 from diffopt.linalg.matrices import DiagonalPlusLowRank, SymmetricMatrix
 from diffopt.shapes import matvec, max_abs, rmatvec
 
-
 SHARED_GRAM = 1_000_000
 """Most numbers (8 MB) to keep of the products of pairs of shared rows."""
 

@@ -98,7 +98,9 @@ def test_table_of_statuses(monkeypatch, code, status):
         return code
 
     monkeypatch.setattr(cvxpy_, "_run", relabelled)
-    (point,) = (cvxpy_._solve_instance(d, "CLARABEL", {}) for d in diffopt.backends.instances(form(everything()[0])))
+    (point,) = (
+        cvxpy_._solve_instance(d, "CLARABEL", {}, {}) for d in diffopt.backends.instances(form(everything()[0]))
+    )
     assert point.status == status
     assert (point.x is not None) == (status in (Status.SOLVED, Status.ALMOST_SOLVED, Status.MAX_ITERATIONS))
 
@@ -110,7 +112,7 @@ def test_infeasible_or_unbounded_is_decided_by_a_second_solve(monkeypatch, feasi
     codes = iter(["infeasible_or_unbounded", feasible])
     monkeypatch.setattr(cvxpy_, "_run", lambda *_: next(codes))
     (data,) = diffopt.backends.instances(form(everything()[0]))
-    assert cvxpy_._solve_instance(data, "CLARABEL", {}).status == status
+    assert cvxpy_._solve_instance(data, "CLARABEL", {}, {}).status == status
 
 
 @pytest.mark.parametrize("error", ["SolverError", "RuntimeError"])
@@ -120,8 +122,8 @@ def test_an_exception_of_the_solver_is_a_status_of_that_instance(monkeypatch, er
     solve, calls = cvxpy.Problem.solve, []
 
     def second_fails(self, **options):
-        calls.append(1)
-        if len(calls) == 2:
+        calls.append(options)
+        if len(calls) in (2, 3):
             raise {"SolverError": cvxpy.error.SolverError, "RuntimeError": RuntimeError}[error]("out of luck")
         return solve(self, **options)
 
@@ -129,6 +131,7 @@ def test_an_exception_of_the_solver_is_a_status_of_that_instance(monkeypatch, er
     q = torch.arange(6, dtype=f64).reshape(3, 2)
     found = CvxpyBackend().solve(QPForm(torch.eye(2, dtype=f64), q, lower=-9.0), Settings())
     assert found.status.tolist() == [Status.SOLVED, Status.NUMERICAL_ERROR, Status.SOLVED]
+    assert calls[2] == {"solver": "CLARABEL"} and "tol_feas" in calls[1]  # once more, as it does by itself
     assert torch.allclose(found.point.x[[0, 2]], -q[[0, 2]])
 
 

@@ -117,6 +117,27 @@ def test_reverse_with_a_graph_is_plain_reverse(name: str) -> None:
         assert float((a - b.detach()).abs().max()) <= EXACT_ALGEBRA * (1 + float(a.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["everything", "shared", "singular"])
+def test_forward_over_reverse_is_reverse_over_reverse(name: str) -> None:
+    """The Hessian of a functional, times a direction, by both routes."""
+    outputs, values = function(PROBLEMS[name])
+    weights = random_like(outputs(*values), 2)
+    u = random_like(values, 1)
+
+    def total(*data: Tensor) -> Tensor:
+        return torch.stack([(w * y.square()).sum() for w, y in zip(weights, outputs(*data), strict=True)]).sum()
+
+    places = tuple(range(len(values)))
+    forward = torch.func.jvp(torch.func.grad(total, places), values, u)[1]
+    tracked = tuple(t.clone().requires_grad_() for t in values)
+    gradient = torch.autograd.grad(total(*tracked), tracked, create_graph=True)
+    slope = torch.stack([(g * v).sum() for g, v in zip(gradient, u, strict=True)]).sum()
+    reverse = torch.autograd.grad(slope, tracked)
+    assert any(bool(h.any()) for h in reverse)
+    for a, b in zip(forward, reverse, strict=True):
+        assert float((a - b).abs().max()) <= EXACT_ALGEBRA * (1 + float(b.abs().max()))
+
+
 def test_a_nonlinear_problem() -> None:
     c = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
