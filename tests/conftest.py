@@ -8,10 +8,15 @@ from hypothesis import HealthCheck, settings
 
 import diffopt
 
-# Derandomised: the same examples in every run, so a failure in CI is a failure here. No deadline: the
-# first solve of a process warms caches up.
+# Derandomised: the same examples in every run, so a failure in CI is a failure here (and nothing to
+# remember between runs). No deadline: the first solve of a process warms caches up.
 settings.register_profile(
-    "diffopt", derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
+    "diffopt",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("diffopt")
 

@@ -6,7 +6,7 @@ A `Case` builds a `Posed` problem in a dtype. Add a case here and every backend 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,14 @@ class Posed:
     answer: dict[str, Tensor]
     gradients: Callable[[Tensor], dict[str, Tensor]] | None = None
     smooth: bool = True
-    outputs: tuple[str, ...] = field(default=("x",))
+
+    def to(self, device: torch.device) -> Posed:
+        """Return the same with parameters and answer on a device."""
+        params = {
+            name: tuple(part.to(device) for part in value) if isinstance(value, tuple) else value.to(device)
+            for name, value in self.params.items()
+        }
+        return replace(self, params=params, answer={name: value.to(device) for name, value in self.answer.items()})
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,11 @@ class Projection(diffopt.QuadraticProgram):
     def form(self, point: Tensor, a: Tensor, level: Tensor) -> diffopt.QPForm:
         n = point.shape[-1]
         return diffopt.QPForm(
-            Q=torch.eye(n, dtype=point.dtype), q=-point, G=a.unsqueeze(-2), h=level.unsqueeze(-1), lower=0.0
+            Q=torch.eye(n, dtype=point.dtype, device=point.device),
+            q=-point,
+            G=a.unsqueeze(-2),
+            h=level.unsqueeze(-1),
+            lower=0.0,
         )
 
 
@@ -244,6 +255,37 @@ def fixed_variable(dtype: torch.dtype) -> Posed:
     return Posed(declared, params, {"x": torch.stack([t, r - t], -1)}, gradients, smooth=False)
 
 
+def all_fixed(dtype: torch.dtype) -> Posed:
+    """Every variable is fixed by lower = upper: nothing is left to choose."""
+    at = torch.tensor([[1.0, 2.0], [-0.5, 0.0]], dtype=dtype)
+    declared = diffopt.QPStructure(2, lower=diffopt.given(), upper=diffopt.given())
+    params = {"Q": torch.eye(2, dtype=dtype), "q": torch.ones(2, dtype=dtype), "lower": at, "upper": at.clone()}
+
+    def gradients(weights: Tensor) -> dict[str, Tensor]:
+        return {"lower": weights / 2, "upper": weights / 2, "q": torch.zeros(2, dtype=dtype)}
+
+    return Posed(declared, params, {"x": at, "value": (at.square() / 2 + at).sum(-1)}, gradients, smooth=False)
+
+
+def absent_sides(dtype: torch.dtype) -> Posed:
+    """Infinite h, lower and upper are absent constraints; a row of zeros constrains nothing either."""
+    infinite = torch.inf
+    declared = diffopt.QPStructure(
+        2, G=diffopt.given(), h=diffopt.given(), lower=diffopt.given(), upper=diffopt.given()
+    )
+    params = {
+        "Q": torch.eye(2, dtype=dtype), "q": torch.tensor([[1.0, 1.0], [-3.0, 0.5]], dtype=dtype),
+        "G": torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], dtype=dtype),
+        "h": torch.tensor([infinite, -2.0, 1.0], dtype=dtype),
+        "lower": torch.full((2,), -infinite, dtype=dtype), "upper": torch.tensor([2.0, infinite], dtype=dtype),
+    }  # fmt: skip
+    x = torch.tensor([[-1.0, -2.0], [2.0, -2.0]], dtype=dtype)
+    lam = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.5, 0.0]], dtype=dtype)
+    return Posed(
+        declared, params, {"x": x, "lam": lam, "lam_upper": torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=dtype)}
+    )
+
+
 def repeated_row(dtype: torch.dtype) -> Posed:
     """An active row stands twice: x is that of one row, and moves when both sides move together."""
     # min |x - c|^2/2 s.t. a'x <= h twice, active: x = c - a (a'c - h) / a'a.
@@ -305,7 +347,7 @@ CASES = [
         equality_only, inequality_only, bounds_only, two_sided_bounds, some_bounds_infinite, unconstrained,
         linear_program, singular_hessian, singular_without_inequalities, one_variable, shared_and_batched,
         one_problem_many_sides, two_batch_dimensions, crossed_batch_dimensions, empty_batch, diagonal,
-        scaled_identity, diagonal_plus_low_rank, fixed_variable, repeated_row, redundant_equality,
-        own_structure, entropy, capped_entropy,
+        scaled_identity, diagonal_plus_low_rank, fixed_variable, all_fixed, absent_sides, repeated_row,
+        redundant_equality, own_structure, entropy, capped_entropy,
     )
 ]  # fmt: skip

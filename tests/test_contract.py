@@ -1,4 +1,4 @@
-"""The contract of a backend, for every registered backend x problem x dtype.
+"""The contract of a backend, for every registered backend x problem x dtype x device.
 
 The registry is read: registering a backend is having it tested. A case that a backend refuses must be
 refused with an error of ours that says why.
@@ -53,13 +53,13 @@ def tracked(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def weighted(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return fixed weights for every entry of x, and the weighted sum."""
-    weights = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).reshape(x.shape)
+    weights = torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)
     return weights, (weights * x).sum()
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_solves(backend: str, case: Case, dtype: torch.dtype) -> None:
-    posed = case.build(dtype)
+def test_solves(backend: str, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    posed = case.build(dtype).to(device)
     if refusal(posed, backend):
         with pytest.raises(diffopt.BackendUnsupported, match=f"Backend '{backend}' cannot take this problem"):
             solved(posed, backend, dtype)
@@ -72,7 +72,8 @@ def test_solves(backend: str, case: Case, dtype: torch.dtype) -> None:
         assert residual.shape == solution.status.shape
         assert bool((residual <= limit).all()), solution
     batch = solution.status.shape
-    assert solution.x.shape == (*batch, posed.answer["x"].shape[-1]) and solution.x.dtype == dtype
+    assert solution.x.shape == (*batch, posed.answer["x"].shape[-1])
+    assert solution.x.dtype == dtype and solution.x.device.type == device.type
     assert solution.lam_lower.shape == solution.lam_upper.shape == solution.x.shape
     assert solution.value.shape == batch and solution.iterations.shape == batch
     for name in ("s", "lam", "lam_lower", "lam_upper"):
@@ -84,8 +85,8 @@ def test_solves(backend: str, case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_gradients(backend: str, case: Case) -> None:
-    posed = case.build(torch.float64)
+def test_gradients(backend: str, case: Case, device: torch.device) -> None:
+    posed = case.build(torch.float64).to(device)
     if refusal(posed, backend):
         return  # what is to be said of it is said above
     if posed.smooth:
@@ -99,7 +100,8 @@ def test_gradients(backend: str, case: Case) -> None:
         params, leaves = tracked(posed.params)
         weights, total = weighted(solved(posed, backend, torch.float64, params).x)
         total.backward()
-        for name, expected in posed.gradients(weights.detach()).items():
+        for name, expected in posed.gradients(weights.detach().cpu()).items():
+            expected = expected.to(device)
             assert leaves[name].grad is not None, name
             expected = expected.sum_to_size(leaves[name].shape) if expected.dim() > leaves[name].dim() else expected
             assert measures.relative(leaves[name].grad, expected) <= GRADIENT[torch.float64], name

@@ -17,6 +17,10 @@ FARKAS = 1e-9
 """Relative size of a certificate's error at which an iterate proves that there is no solution."""
 
 
+AHEAD = 1e-4
+"""How far the average complementarity may fall below the relative residual before it is held."""
+
+
 class Outcome(NamedTuple):
     """Where the iteration ended, per instance.
 
@@ -92,6 +96,8 @@ def solve(
         mu_affine = complementarity(state.s + alpha * affine.s, state.z + alpha * affine.z, qp.on)
         sigma = (mu_affine / torch.where(mu > 0, mu, 1.0)).clamp(0, 1) ** 3
 
+        # Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions.
+        sigma = torch.where(mu < AHEAD * residual, 1.0, sigma)
         target = (sigma * mu).unsqueeze(-1) - affine.s * affine.z
         direction = newton.step(r_dual, r_eq, r_row, target)
         reach = longest_step(state.s, state.z, direction.s, direction.z, qp.on)

@@ -25,6 +25,10 @@ WIDEST = 1.9
 """Rows per variable up to which the m x m form needs fewer operations than the n x n form."""
 
 
+WORTH_POLISHING = 1e-2
+"""Relative residual up to which the end point of the iteration is tried for its active set."""
+
+
 @dataclass(frozen=True)
 class Data:
     """A batch of quadratic programs as plain tensors, float64; shapes as in `QPForm`."""
@@ -181,7 +185,8 @@ def _solve_scaled(
         convex = saddle.reduction != "primal"
         outcome = interior_point.solve(qp, saddle, group, tolerance, settings.max_iterations, bounded=convex)
         if settings.polish:
-            close = group & (outcome.residual <= max(tolerance, 1e-6)) & ~outcome.primal_infeasible
+            # An active set can be right long before the point is; whether it is, the polish finds out.
+            close = group & (outcome.residual <= WORTH_POLISHING) & ~outcome.primal_infeasible
             done = polish(qp, saddle, outcome.state, outcome.residual, close)
             outcome = outcome._replace(state=done.state, residual=done.residual)
             if len(groups) == 1:

@@ -107,7 +107,8 @@ def test_second_derivatives_by_differences_of_the_first() -> None:
     weights = torch.randn(problem.x.shape, generator=generator, dtype=torch.float64)
 
     def gradient(values: list[Tensor], create_graph: bool) -> tuple[Tensor, ...]:
-        x = diffopt.solve_qp(**dict(zip(names, values, strict=True))).x
+        data: dict[str, Any] = dict(zip(names, values, strict=True))
+        x = diffopt.solve_qp(**data).x
         return torch.autograd.grad((weights * x.square()).sum(), values, create_graph=create_graph)
 
     leaves = [value.clone().requires_grad_() for value in start]
