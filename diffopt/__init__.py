@@ -7,13 +7,16 @@ from diffopt import backends, check
 from diffopt._version import __version__
 from diffopt.errors import (
     BackendError,
+    BackendLoadWarning,
     BackendNotInstalled,
     BackendUnsupported,
     DeviceError,
     DiffoptError,
     DiffoptWarning,
     DtypeError,
+    GradientCheckFailed,
     InaccurateSolutionWarning,
+    MissingPackage,
     NotDifferentiableError,
     ParameterError,
     SettingsError,
@@ -39,6 +42,7 @@ from diffopt.solvers.settings import Settings
 
 __all__ = [
     "BackendError",
+    "BackendLoadWarning",
     "BackendNotInstalled",
     "BackendUnsupported",
     "Certificate",
@@ -50,8 +54,10 @@ __all__ = [
     "DiffoptError",
     "DiffoptWarning",
     "DtypeError",
+    "GradientCheckFailed",
     "InaccurateSolutionWarning",
     "Layer",
+    "MissingPackage",
     "NotDifferentiableError",
     "Param",
     "ParameterError",

@@ -3,7 +3,16 @@
 from diffopt.backends import cvxpy_ as _cvxpy
 from diffopt.backends import pdipm as _pdipm
 from diffopt.backends import scipy_ as _scipy
-from diffopt.backends.base import Backend, Capabilities, InstancePoint, RawPoint, instances, stack
+from diffopt.backends.base import (
+    Backend,
+    Capabilities,
+    InstancePoint,
+    RawPoint,
+    instances,
+    screen,
+    solve_each,
+    stack,
+)
 from diffopt.backends.registry import Explanation, explain, get, names, register
 
 CvxpyBackend = _cvxpy.CvxpyBackend
@@ -24,5 +33,7 @@ __all__ = [
     "instances",
     "names",
     "register",
+    "screen",
+    "solve_each",
     "stack",
 ]

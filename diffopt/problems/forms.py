@@ -200,7 +200,7 @@ def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> Symmetric
     if isinstance(Q, SymmetricMatrix):
         if Q.n != n:
             raise ShapeError(f"`Q` is {Q.n} x {Q.n} but q has {n} entries. Expected the same number.")
-        return Q
+        return _hessian(Q.entries, q, n) if isinstance(Q, Dense) else Q
     require_tensor("Q", Q)
     if Q.dim() < 2 or Q.shape[-1] != Q.shape[-2]:
         raise ShapeError(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import diffopt
 from diffopt import DeviceError, Diagonal, DtypeError, ParameterError, QPForm, ShapeError
 from diffopt.cones import NonnegativeCone, ProductCone
 
@@ -79,5 +80,6 @@ def test_only_the_symmetric_part_of_Q_is_meant():
     Q = torch.tensor([[2.0, 1.0], [0.0, 2.0]], requires_grad=True)
     form = QPForm(Q, torch.zeros(2))
     assert torch.equal(form.Q.dense(), torch.tensor([[2.0, 0.5], [0.5, 2.0]]))
+    assert torch.equal(QPForm(diffopt.Dense(Q), torch.zeros(2)).Q.dense(), form.Q.dense())
     form.objective(torch.tensor([1.0, 3.0])).backward()
     assert torch.equal(Q.grad, Q.grad.mT)
