@@ -1,8 +1,8 @@
 """Backends: who solves a problem. Contracts, registry, and one file per backend."""
 
-from diffopt.backends import cvxpy_ as _cvxpy
-from diffopt.backends import pdipm as _pdipm
-from diffopt.backends import scipy_ as _scipy
+import importlib
+import pkgutil
+
 from diffopt.backends.base import (
     Backend,
     Capabilities,
@@ -13,11 +13,14 @@ from diffopt.backends.base import (
     solve_each,
     stack,
 )
+from diffopt.backends.cvxpy_ import CvxpyBackend
+from diffopt.backends.pdipm import PdipmBackend
 from diffopt.backends.registry import Explanation, explain, get, names, register
+from diffopt.backends.scipy_ import ScipyBackend
 
-CvxpyBackend = _cvxpy.CvxpyBackend
-PdipmBackend = _pdipm.PdipmBackend
-ScipyBackend = _scipy.ScipyBackend
+# Every module of this folder registers its backend by being imported: a new backend is one file.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "Backend",
