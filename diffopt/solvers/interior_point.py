@@ -21,6 +21,10 @@ AHEAD = 1e-4
 """How far the average complementarity may fall below the relative residual before it is held."""
 
 
+FAR = 1e6
+"""Side of a row, in equilibrated units, beyond which it counts less at the start."""
+
+
 class Outcome(NamedTuple):
     """Where the iteration ended, per instance.
 
@@ -121,17 +125,22 @@ def solve(
 
 
 def _start(qp: ScaledQP, system: Saddle) -> State:
-    """Return the point that balances feasibility and size: min 1/2 |s|^2 with s = d - Cx unsigned."""
-    zero, one = torch.zeros_like(qp.d), torch.ones_like(qp.d)
-    at = State(qp.q.new_zeros(*qp.batch, qp.n), torch.zeros_like(qp.b), torch.zeros_like(qp.target), one, one)
+    """Return the minimiser of the objective plus 1/2 |Cx - d|^2 over the rows, and s and z from its distances.
+
+    A row whose side is far away counts less, so that a bound of 1e12 that nobody will meet does
+    not pull x there.
+    """
+    one = torch.ones_like(qp.d)
+    far = (qp.d.abs() / FAR).clamp_min(1).square()
+    at = State(qp.q.new_zeros(*qp.batch, qp.n), torch.zeros_like(qp.b), torch.zeros_like(qp.target), far, one)
     newton = NewtonSystem(qp, system, at, refinements=1)
-    # With s = z = 1 and target = 1 the row equation reads C dx - dz = d.
-    step = newton.step(qp.q, -qp.b, -qp.d, one)
-    z = torch.where(qp.on, step.z, zero)
-    s, z = interior_start(-z, z, qp.on)
+    # With s = far, z = 1 and target = far the row equation reads C dx - far dz = d.
+    step = newton.step(qp.q, -qp.b, -qp.d, far)
+    s, z = interior_start(qp.d - qp.apply_C(step.x), step.z, qp.on)
+    z = torch.where(qp.on & (s > FAR), torch.minimum(z, FAR / s), z)  # else such rows alone would set mu
     usable = torch.isfinite(step.x).all(-1) & torch.isfinite(s).all(-1) & torch.isfinite(z).all(-1)
     usable = usable & ~newton.factor.failed
-    return State(step.x, step.nu, step.y, s, z).where(usable, at)
+    return State(step.x, step.nu, step.y, s, z).where(usable, at._replace(s=one))
 
 
 def _certificates(qp: ScaledQP, state: State) -> tuple[Tensor, Tensor]:

@@ -93,8 +93,9 @@ def solve(data: Data, settings: Settings, tolerance: float) -> Result:
     qp = scale(screened)
     outcome, parts = _solve_scaled(qp, run, settings, tolerance)
     state = outcome.state
-    status = torch.full(data.batch, Status.MAX_ITERATIONS, dtype=torch.int8, device=data.q.device)
-    status = torch.where(outcome.failed, Status.NUMERICAL_ERROR, status)
+    # What stopped before its last iteration broke down or made no more progress.
+    limit = (outcome.iterations >= settings.max_iterations) & ~outcome.failed
+    status = torch.where(limit, int(Status.MAX_ITERATIONS), int(Status.NUMERICAL_ERROR))
     solved = run & (outcome.residual <= tolerance)
     ray = None
     open_ = run & ~solved

@@ -174,6 +174,17 @@ def test_nonfinite_input_is_a_status_of_its_instance(piece, value):
     assert solution.x[1].isnan().all() != absent
 
 
+@pytest.mark.parametrize("far", [1e6, 1e12, 1e20, 1e25])
+def test_far_sides_are_as_good_as_absent(far):
+    Q, q = torch.eye(2, dtype=f64), torch.tensor([1.0, 0.5], dtype=f64)
+    row = torch.ones(1, 2, dtype=f64)
+    for sides in (dict(lower=-far, upper=far), dict(upper=far), dict(G=row, h=far), dict(A=row, b=-1.5, lower=-far)):
+        assert torch.allclose(diffopt.solve_qp(Q, q, **sides).x, -q, atol=1e-9)
+    # A linear program with many solutions: any of them, but none near the far bound.
+    x = diffopt.solve_qp(None, -torch.ones(2, dtype=f64), G=row, h=1.0, lower=0.0, upper=far).x
+    assert abs(float(x.sum()) - 1) < 1e-9
+
+
 def test_nonconvex_is_refused():
     Q = torch.diag_embed(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=f64))
     solution = diffopt.solve_qp(Q, torch.zeros(2, dtype=f64), lower=-1.0, upper=1.0, on_failure="return")
