@@ -108,3 +108,15 @@ def test_empty_blocks():
         for final in (False, True):
             u = Saddle(Dense(torch.eye(N, dtype=f64) * 2), A, G, reduction, shift(0, 0)).factor(rows, final).solve(r)
             assert torch.allclose(u.x, r.x / 2)
+
+
+def test_shared_data_is_factored_once():
+    Q, A, G, randn = data("dense")
+    shared = Dense(Q.dense()[0])
+    system = Saddle(shared, A, G[0], "dual", shift())
+    assert system.L.shape == (N, N) and system.S_eq.shape == (P, P)
+    assert all(block.dim() == 2 for block in system.dual_blocks(True))
+    rows, r = random_rows(), Blocks(randn(B, N), randn(B, P), randn(B, M), randn(B, N))
+    wide = Saddle(Dense(shared.dense().expand(B, N, N)), A.expand(B, P, N), G[:1].expand(B, M, N), "dual", shift())
+    for a, b in zip(system.factor(rows).solve(r), wide.factor(rows).solve(r), strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
