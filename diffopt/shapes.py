@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -61,11 +61,6 @@ def check_same_kind(tensors: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.d
                 f"for all data. Move it, for example `{name}.to({first}.device)`."
             )
     return dtype, device
-
-
-def describe(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return ``Q (3, 3), q (3,)`` for use in messages."""
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors)
 
 
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:

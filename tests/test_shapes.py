@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffopt.errors import DeviceError, DtypeError, ShapeError
-from diffopt.shapes import broadcast_batch, check_same_kind, describe, matvec, max_abs, rmatvec
+from diffopt.shapes import broadcast_batch, check_same_kind, matvec, max_abs, rmatvec
 
 
 def test_products_broadcast_shared_and_batched():
@@ -29,4 +29,3 @@ def test_mixed_kinds_are_named():
         check_same_kind({"Q": torch.zeros(2, dtype=torch.int64)})
     with pytest.raises(DeviceError, match=r"`q` is on meta but `Q` is on cpu"):
         check_same_kind({"Q": torch.zeros(2), "q": torch.zeros(2, device="meta")})
-    assert describe([("Q", torch.zeros(2, 3))]) == "Q (2, 3)"
