@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt.linalg.cholesky import cholesky, pivots
-from diffopt.linalg.matrices import Dense, SymmetricMatrix
+from diffopt.linalg.matrices import Dense
 from diffopt.linalg.saddle import Factor, Saddle
 from diffopt.linalg.scaling import Scaling, regularisation
 from diffopt.solution import Status
 from diffopt.solvers import certificates, interior_point
+from diffopt.solvers.executor import Data
 from diffopt.solvers.polish import polish
 from diffopt.solvers.scaled_qp import ScaledQP, State
 from diffopt.solvers.settings import Settings
@@ -27,21 +27,6 @@ WIDEST = 1.9
 
 WORTH_POLISHING = 1e-2
 """Relative residual up to which the end point of the iteration is tried for its active set."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """A batch of quadratic programs as plain tensors, float64; shapes as in `QPForm`."""
-
-    Q: SymmetricMatrix
-    q: Tensor
-    A: Tensor
-    b: Tensor
-    G: Tensor
-    h: Tensor
-    lower: Tensor | None
-    upper: Tensor | None
-    batch: torch.Size
 
 
 class ActiveSystem(NamedTuple):

@@ -1,0 +1,108 @@
+"""The contract of an executor: who carries out the interior-point method for a batch of quadratic programs.
+
+`diffopt.solvers.pdipm` in torch operations answers every instance on every device. The compiled
+executors (`cpu_executor`, `cuda_executor`) answer what they can prove solved, much faster, and leave the rest to it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt.linalg.matrices import SymmetricMatrix
+from diffopt.solvers.settings import Settings
+
+
+@dataclass(frozen=True)
+class Data:
+    """A batch of quadratic programs as plain tensors; shapes as in `diffopt.QPForm`.
+
+    Of a dense Q the symmetric part is meant: an executor symmetrises. h, lower and upper may be infinite.
+    """
+
+    Q: SymmetricMatrix
+    q: Tensor
+    A: Tensor
+    b: Tensor
+    G: Tensor
+    h: Tensor
+    lower: Tensor | None
+    upper: Tensor | None
+    batch: torch.Size
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return Q's tensors, q, A, b, G, h, lower, upper."""
+        return (*self.Q.tensors(), self.q, self.A, self.b, self.G, self.h, self.lower, self.upper)
+
+
+class Answer(NamedTuple):
+    """What a compiled executor found, in original units and the data's dtype, without a graph.
+
+    Attributes:
+        x ``(*batch, n)``; s, lam ``(*batch, m)``; nu ``(*batch, p)``; lam_lower, lam_upper ``(*batch, n)``:
+            with the signs of `diffopt.Solution`; not to be used where the status is UNSOLVED.
+        status: ``(*batch,)`` int8. SOLVED: the relative residuals, recomputed from the original data, are at
+            most the tolerance. UNSOLVED: another executor has to look at it. Nothing else is claimed.
+        iterations, weakly_active, dependent: ``(*batch,)`` int64, as in `diffopt.Solution`.
+        residuals: ``(3, *batch)`` float64: primal, dual, gap, as in `diffopt.solution.Residuals`.
+        unsolved: how many instances are UNSOLVED.
+        saved: what `Executor.pullback` needs; ``None`` if it was not to be kept.
+        name: which variant ran, for `diffopt.Solution.executor`.
+    """
+
+    x: Tensor
+    s: Tensor
+    lam: Tensor
+    nu: Tensor
+    lam_lower: Tensor
+    lam_upper: Tensor
+    status: Tensor
+    iterations: Tensor
+    weakly_active: Tensor
+    dependent: Tensor
+    residuals: Tensor
+    unsolved: int
+    saved: Any
+    name: str
+
+
+class Executor(ABC):
+    """A compiled executor.
+
+    Laws (tested): an instance's answer has the same bits whatever the batch size, its place and its
+    neighbours' data; a SOLVED instance agrees with ``pdipm``; nothing raises because of values.
+    """
+
+    @abstractmethod
+    def refuses(self, data: Data, settings: Settings) -> str | None:
+        """Return why this executor cannot take the batch (its structure, size, device), or ``None``."""
+
+    @abstractmethod
+    def solve(self, data: Data, settings: Settings, tolerance: float, weak_tolerance: float, keep: bool) -> Answer:
+        """Solve what can be solved.
+
+        Args:
+            tolerance: worst relative residual of a SOLVED instance.
+            weak_tolerance: see `Settings.weak_tolerance`.
+            keep: whether `pullback` will be called.
+        """
+
+    @abstractmethod
+    def pullback(
+        self, data: Data, answer: Answer, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of a function of the solution with respect to the data, by one solve each.
+
+        Args:
+            gradients: those with respect to x, s, lam, nu, lam_lower, lam_upper; ``None`` is zero.
+            needed: for each of ``data.tensors()``, whether its gradient is wanted.
+
+        Returns:
+            For each of ``data.tensors()`` its gradient, in its shape (shared tensors: summed over the batch;
+            Q's is symmetric), or ``None``. Zero from instances that are UNSOLVED. Weakly active rows are
+            left out (the rule ``"inactive"``).
+        """
