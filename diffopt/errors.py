@@ -85,3 +85,7 @@ class InaccurateSolutionWarning(DiffoptWarning):
 
 class BackendLoadWarning(DiffoptWarning):
     """A third-party backend's entry point could not be loaded; the backend is left out."""
+
+
+class CompiledExecutorWarning(DiffoptWarning):
+    """A compiled executor is missing or cannot be used; torch operations, or a slower variant, do its work."""

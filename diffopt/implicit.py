@@ -50,7 +50,7 @@ def prepare(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
         found: its solution.
         kink_rule, weak_tolerance: see `diffopt.Settings`.
     """
-    failed = (found.status != Status.SOLVED) & (found.status != Status.ALMOST_SOLVED)
+    failed = _failed(found.status)
     safe = _safe(found.point, failed)
     saddle, scaling = (None, found.system.scaling) if found.system else kkt.assemble(form, safe)
     active = kkt.activity(form, safe, scaling, weak_tolerance)
@@ -92,11 +92,168 @@ def attach(form: Form, prepared: Prepared) -> Solution:
     )
 
 
+def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float) -> Solution:
+    """Return the solution, attached to every tensor of ``form``; where no transform of ``torch.func`` is at work.
+
+    With the solver's own pullback, if it has one and the kink rule allows: then a plain first-order reverse pass is
+    one call of it, and `prepare` and `attach` serve when a graph of the reverse pass is asked for (``create_graph``).
+
+    Args:
+        form: the problem, attached to its parameters.
+        found: its solution.
+        kink_rule, weak_tolerance: see `diffopt.Settings`.
+
+    Differentiable in: see `attach`.
+    """
+    attached = _needs_graph(form)
+    weakly_active, dependent = found.weakly_active, found.dependent
+    if weakly_active is None or dependent is None or (attached and (found.pullback is None or kink_rule != "inactive")):
+        return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
+    if attached and _forward_mode(form):
+        return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
+    others = []
+    for index, one in found.others:
+        assert isinstance(form, QPForm)
+        others.append((index, prepare(form.instance(index).detach(), one, kink_rule, weak_tolerance)))
+        weakly_active.view(-1)[index], dependent.view(-1)[index] = others[-1][1].weakly_active, others[-1][1].dependent
+    values = found.point
+    point = values
+    if attached:
+        # The graph of the outputs will hold this, and must not hold the outputs: the tensors below are put back.
+        hollow = found._replace(point=kkt.Point(*[torch.empty(0)] * 6))
+        task = _Pulled.Task(form.detach(), list(form.tensors()), hollow, others, kink_rule, weak_tolerance)
+        outputs = [values.x, values.s, values.lam, values.nu, values.lam_lower, values.lam_upper]
+        x, s, lam, nu, lower, upper = _Pulled.apply(task, outputs, *form.tensors().values())
+        point = kkt.Point(x, s, nu, lam, lower, upper)
+
+    def value() -> Tensor:
+        failed = _failed(found.status)
+        with torch.set_grad_enabled(attached):
+            plain = kkt.Point(*(v.detach() for v in values))
+            return _value(form, point, plain, _safe(plain, failed), failed, attached)
+
+    return Solution(
+        *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
+        status=found.status,
+        residuals=found.residuals,
+        iterations=found.iterations,
+        weakly_active=weakly_active,
+        dependent=dependent,
+        certificate=found.certificate,
+        backend=found.backend,
+        executor=found.executor,
+        _value=value,
+    )
+
+
+class _Pulled(torch.autograd.Function):
+    """The values of a solution (x, s, lam, nu, lam_lower, lam_upper), whose reverse pass is the solver's own.
+
+    When the reverse pass is itself to be differentiated, the solution is attached anew by its Newton step, and that
+    is differentiated: it is right to every order.
+    """
+
+    class Task(NamedTuple):
+        """What the reverse pass needs beside tensors: the form (for its structure), the names of its tensors, the
+        solution without its point, the instances that stand on their own, and how kinks are read."""
+
+        form: Form
+        names: list[str]
+        found: kkt.Solved
+        others: list[tuple[int, Prepared]]
+        kink_rule: str
+        weak_tolerance: float
+
+    @staticmethod
+    def forward(ctx: Any, task: Task, outputs: list[Tensor], *data: Tensor) -> tuple[Tensor, ...]:
+        ctx.task = task
+        ctx.save_for_backward(*outputs, *data)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        task: _Pulled.Task = ctx.task
+        point, data = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            found = _differentiated(task, point, data, needed, grads)
+        else:
+            assert task.found.pullback is not None
+            found = task.found.pullback.run(point, grads, needed)
+            for index, prepared in task.others:
+                _add_other(task, index, prepared, data, grads, found)
+        return (None, None, *found)
+
+
+def _add_other(
+    task: _Pulled.Task, index: int, prepared: Prepared, data: tuple[Tensor, ...], grads: tuple[Tensor | None, ...],
+    found: tuple[Tensor | None, ...],
+) -> None:  # fmt: skip
+    """Add the gradients of an instance that was solved on its own to those of the batch."""
+    whole = task.form.with_tensors(dict(zip(task.names, data, strict=True)))
+    assert isinstance(whole, QPForm)
+    form = whole.instance(index)
+    with torch.enable_grad():
+        form = form.with_tensors({k: v.detach().requires_grad_() for k, v in form.tensors().items()})
+        one = attach(form, prepared)
+        outputs = (one.x, one.s, one.lam, one.nu, one.lam_lower, one.lam_upper)
+        used = [
+            (v, g.reshape(whole.batch_shape.numel(), g.shape[-1])[index])
+            for v, g in zip(outputs, grads, strict=True)
+            if g is not None and v.requires_grad
+        ]
+        own = torch.autograd.grad(
+            [v for v, _ in used], list(form.tensors().values()), [g for _, g in used], materialize_grads=True
+        )
+    for target, gradient, tensor, dims in zip(found, own, data, whole.core_dims(), strict=True):
+        if target is None:
+            continue
+        if tensor.dim() == dims:
+            target += gradient
+        else:
+            # Its own entry alone: the NaN of a failed instance must not reach others.
+            lead = tensor.shape[: tensor.dim() - dims]
+            place = torch.zeros(whole.batch_shape, dtype=gradient.dtype, device=gradient.device)
+            place.view(-1)[index] = 1
+            mine = (place.sum_to_size(lead) > 0).reshape(*lead, *[1] * dims)
+            target += torch.where(mine, gradient, 0.0)
+
+
+def _differentiated(
+    task: _Pulled.Task, point: tuple[Tensor, ...], data: tuple[Tensor, ...], needed: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    """Return the reverse pass with a graph of its own."""
+    form = task.form.with_tensors(dict(zip(task.names, data, strict=True)))
+    x, s, lam, nu, lower, upper = (v.detach() for v in point)
+    found = task.found._replace(point=kkt.Point(x, s, nu, lam, lower, upper))
+    again = attach(form, prepare(form.detach(), found, task.kink_rule, task.weak_tolerance))
+    outputs = (again.x, again.s, again.lam, again.nu, again.lam_lower, again.lam_upper)
+    used = [(v, g) for v, g in zip(outputs, grads, strict=True) if g is not None and v.requires_grad]
+    inputs = [tensor for tensor, need in zip(data, needed, strict=True) if need]
+    gradients = iter(
+        torch.autograd.grad(
+            [v for v, _ in used], inputs, [g for _, g in used],
+            create_graph=True, allow_unused=True, materialize_grads=True,
+        )
+    )  # fmt: skip
+    return [next(gradients) if need else None for need in needed]
+
+
+def _failed(status: Tensor) -> Tensor:
+    return (status != Status.SOLVED) & (status != Status.ALMOST_SOLVED)
+
+
+def _forward_mode(form: Form) -> bool:
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in form.tensors().values())
+
+
 def _needs_graph(form: Form) -> bool:
     tensors = form.tensors().values()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return _forward_mode(form)
 
 
 def _safe(point: kkt.Point, failed: Tensor) -> kkt.Point:

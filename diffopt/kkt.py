@@ -7,6 +7,7 @@ derived by ``torch.func``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def derived(form: Form, x: Tensor, lam: Tensor, nu: Tensor) -> Derivatives:
     hessian = _jacobian(torch.func.grad(lagrangian), x)
     return Derivatives(
         gradient(form, x),
-        Dense(0.5 * (hessian + hessian.mT)),
+        Dense(0.5 * (hessian + hessian.mT), symmetric=True),
         _jacobian(form.equalities, x),
         _jacobian(form.inequalities, x),
     )
@@ -192,9 +193,25 @@ class System(NamedTuple):
     active: Activity
 
 
+class Pullback(NamedTuple):
+    """A solver's own first-order reverse pass, for weakly active rows left out (the rule ``"inactive"``), of the
+    instances that it solved itself; the others (failed, or in `Solved.others`) pass zero.
+
+    ``run(point, gradients, needed)``: the gradients for each tensor of the form, in the order of `Form.tensors`
+    (``None`` where not needed), from those for x, s, lam, nu, lam_lower, lam_upper (``None`` is zero) and the values
+    of these six. Shared tensors get the sum over the batch.
+    """
+
+    run: Callable[[tuple[Tensor, ...], tuple[Tensor | None, ...], tuple[bool, ...]], tuple[Tensor | None, ...]]
+
+
 class Solved(NamedTuple):
-    """A solved batch: detached values of the fields of `diffopt.Solution`, and ``system``, the factored KKT
-    system of the final active set where the solver has one. Backends make it, ``implicit`` attaches it."""
+    """A solved batch: detached values of the fields of `diffopt.Solution`. Backends make it, ``implicit``
+    attaches it. Where the solver has them: ``system``, the factored KKT system of the final active set;
+    ``pullback``; and the counts ``weakly_active`` and ``dependent`` of the solution (both or none).
+    ``others``: instances, by their place in the flattened batch, that were solved each on its own, after the
+    solver had left them; their values are in place, their counts and derivatives are not. ``solved``: whether every
+    instance is SOLVED, where that is known without looking."""
 
     point: Point
     status: Tensor
@@ -203,7 +220,12 @@ class Solved(NamedTuple):
     certificate: Certificate | None
     backend: str
     executor: str
-    system: System | None
+    system: System | None = None
+    pullback: Pullback | None = None
+    weakly_active: Tensor | None = None
+    dependent: Tensor | None = None
+    others: tuple[tuple[int, Solved], ...] = ()
+    solved: bool = False
 
 
 def assemble(form: Form, point: Point) -> tuple[Saddle, Scaling]:

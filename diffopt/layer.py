@@ -174,6 +174,14 @@ def solve_qp(
 
 def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
     solver = choose(backend, form)
+    if not _transforms_active():
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
+        with torch.no_grad():
+            found = solver.solve(form.detach(), settings, keep)
+        solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
+        if not found.solved:
+            _report(solution, on_failure)
+        return solution
     names = list(form.tensors())
     done: list[implicit.Prepared] = []
 
@@ -181,12 +189,17 @@ def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failu
         plain = form.with_tensors(dict(zip(names, tensors, strict=True))).detach()
         found = solver.solve(plain, settings)
         weak = settings.weak_tolerance_for(form.dtype)
+        # (The engine computes in torch operations; where transforms are at work, a pullback is of no use.)
         done.append(implicit.prepare(plain, found, settings.kink_rule, weak))
 
     _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
     solution = implicit.attach(form, done[0])
     _report(solution, on_failure)
     return solution
+
+
+# Whether a transform of torch.func is at work. Where torch cannot tell, assume so: the way through it is always right.
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 class _Opaque(torch.autograd.Function):

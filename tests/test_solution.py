@@ -15,7 +15,7 @@ def test_fields_and_repr():
     assert solution.ok.tolist() == [True, True] and solution.status.dtype == torch.int8
     assert solution.s.shape == (2, 0) and solution.nu.shape == (2, 0) and solution.lam_upper.shape == (2, 2)
     text = repr(solution)
-    assert "x=(2, 2)" in text and "SOLVED: 2" in text and "pdipm/torch:dual" in text
+    assert "x=(2, 2)" in text and "SOLVED: 2" in text and "pdipm/cpu:dual" in text
     assert solution.iterations.dtype == torch.int64
 
 

@@ -111,13 +111,13 @@ class Backend(ABC):
             return f"does not take {form.dtype}"
         return None
 
-    @torch.no_grad()
-    def solve(self, form: Form, settings: Settings) -> kkt.Solved:
+    def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
         """Solve a batch, recompute the residuals from the original data, and correct the status.
 
         Args:
-            form: detached data.
+            form: detached data; called where no graph is recorded.
             settings: see `Settings`.
+            keep: whether a pullback will be of use.
         """
         raw = self._solve(form, settings)
         s = -form.inequalities(raw.x) if raw.s is None else raw.s

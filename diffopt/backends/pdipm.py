@@ -1,4 +1,4 @@
-"""The primary backend: the batched primal-dual interior-point method of `diffopt.solvers`."""
+"""The primary backend: the batched primal-dual interior-point method of `diffopt.solvers`, by the best executor."""
 
 from __future__ import annotations
 
@@ -8,21 +8,60 @@ from torch import Tensor
 from diffopt import kkt
 from diffopt.backends.base import Backend, Capabilities, RawPoint
 from diffopt.backends.registry import register
+from diffopt.errors import BackendUnsupported
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import Certificate
-from diffopt.solvers import pdipm
+from diffopt.solution import Certificate, Residuals, Status
+from diffopt.solvers import cpu_executor, pdipm
+from diffopt.solvers.executor import Answer, Data, Executor
 from diffopt.solvers.settings import Settings
 
 
 @register("pdipm")
 class PdipmBackend(Backend):
-    """Solves batches of convex QPs and LPs by torch operations, on any device.
+    """Solves batches of convex QPs and LPs, on any device.
 
     Works in float64 whatever the dtype of the data: float32 data gives float32 results, rounded once.
-    ``Solution.executor`` reads ``torch:`` and the reduction that was used.
+    `Settings.executor` chooses who does the work; ``Solution.executor`` names who did, and the reduction. Compiled
+    executors answer what they can prove solved; instances that they leave are solved one by one in torch operations,
+    so that each gets the same bits whatever its neighbours are.
     """
 
     can = Capabilities(forms=(QPForm,), devices=frozenset({"cpu", "cuda"}), batched=True, accuracy=1e-9, priority=100)
+
+    def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
+        """Solve a batch; see `Backend.solve`. A compiled executor recomputes the residuals itself."""
+        assert isinstance(form, QPForm)
+        data = Data(form.Q, form.q, form.A, form.b, form.G, form.h, form.lower, form.upper, form.batch_shape)
+        executor = _executor(data, settings)
+        if executor is None:
+            return super().solve(form, settings)
+        weak = settings.weak_tolerance_for(form.dtype)
+        answer = executor.solve(data, settings, _tolerance(form, settings), weak, keep)
+        others = () if answer.unsolved == 0 else self._solve_rest(form, settings, answer)
+        names = sorted({one.executor for _, one in others})
+        found = kkt.Solved(
+            kkt.Point(answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper),
+            answer.status, Residuals(*answer.residuals.unbind(0)), answer.iterations, _certificates(form, others),
+            self.name, "+".join([answer.name, *names]), weakly_active=answer.weakly_active,
+            dependent=answer.dependent, others=others, solved=not others,
+        )  # fmt: skip
+        return found._replace(pullback=_pullback(executor, data, answer)) if keep else found
+
+    def _solve_rest(self, form: QPForm, settings: Settings, answer: Answer) -> tuple[tuple[int, kkt.Solved], ...]:
+        """Solve what the executor left by torch operations, into its answer; return each on its own, too."""
+        shape = form.batch_shape
+        count = shape.numel()
+        flat = [v.view(count, *v.shape[len(shape) :]) for v in answer[:8]]
+        residuals = answer.residuals.view(3, count)
+        others = []
+        for index in (flat[6] == Status.UNSOLVED).nonzero().flatten().tolist():
+            found = super().solve(form.instance(index), settings)
+            x, s, nu, lam, lower, upper = found.point
+            for target, value in zip(flat, (x, s, lam, nu, lower, upper, found.status, found.iterations), strict=True):
+                target[index] = value
+            residuals[:, index] = torch.stack(list(found.residuals))
+            others.append((index, found))
+        return tuple(others)
 
     def _solve(self, form: Form, settings: Settings) -> RawPoint:
         assert isinstance(form, QPForm)
@@ -30,7 +69,7 @@ class PdipmBackend(Backend):
         def double(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.double()
 
-        data = pdipm.Data(
+        data = Data(
             form.Q.with_tensors(*(t.double() for t in form.Q.tensors())),
             form.q.double(),
             form.A.double(),
@@ -41,15 +80,68 @@ class PdipmBackend(Backend):
             double(form.upper),
             form.batch_shape,
         )
-        # Rounding to float32 costs about 1e-7: the float64 solve stops where that is what remains.
-        tolerance = min(settings.tolerance_for(form.dtype), 1e-8 if form.dtype == torch.float32 else 1.0)
-        result = pdipm.solve(data, settings, tolerance)
+        result = pdipm.solve(data, settings, _tolerance(form, settings))
         x, nu, lam, lam_lower, lam_upper, s = (v.to(form.dtype) for v in result[:6])
         certificate = None if result.ray is None else Certificate(*(v.to(form.dtype) for v in result.ray))
         return RawPoint(
             x, nu, lam, lam_lower, lam_upper, result.status, result.iterations, certificate,
             executor=f"torch:{result.reduction}", s=s, system=_system(result.system, form),
         )  # fmt: skip
+
+
+def _tolerance(form: Form, settings: Settings) -> float:
+    # Rounding to float32 costs about 1e-7: the float64 solve stops where that is what remains.
+    return min(settings.tolerance_for(form.dtype), 1e-8 if form.dtype == torch.float32 else 1.0)
+
+
+def _executor(data: Data, settings: Settings) -> Executor | None:
+    """Return the compiled executor for a batch, or ``None`` for torch operations."""
+    wanted = settings.executor
+    if wanted == "torch" or data.batch.numel() == 0:
+        return None
+    if wanted == "auto" and data.q.device.type != "cpu":
+        return None
+    if wanted == "cuda":
+        raise BackendUnsupported("Executor 'cuda' is not available. Expected 'auto', 'torch' or 'cpu'.")
+    found = cpu_executor.get()
+    reason = "has no compiled library" if found is None else found.refuses(data, settings)
+    if reason is None:
+        return found
+    if wanted != "auto":
+        raise BackendUnsupported(
+            f"Executor {wanted!r} cannot take this problem: it {reason}. Pass Settings(executor='auto')."
+        )
+    return None
+
+
+def _certificates(form: QPForm, others: tuple[tuple[int, kkt.Solved], ...]) -> Certificate | None:
+    if all(one.certificate is None for _, one in others):
+        return None
+    sizes = {"x": form.n, "nu": form.p, "lam": form.m, "lam_lower": form.n, "lam_upper": form.n}
+    count = form.batch_shape.numel()
+    rows = {name: form.q.new_full((count, size), torch.nan) for name, size in sizes.items()}
+    for index, one in others:
+        if one.certificate is not None:
+            for target, value in zip(rows.values(), one.certificate, strict=True):
+                target[index] = value
+    return Certificate(**{name: row.view(*form.batch_shape, sizes[name]) for name, row in rows.items()})
+
+
+def _pullback(executor: Executor, data: Data, answer: Answer) -> kkt.Pullback:
+    # Without the outputs themselves: the graph of the outputs will hold this, and must not hold itself.
+    empty = answer._replace(**dict.fromkeys(("x", "s", "lam", "nu", "lam_lower", "lam_upper"), torch.empty(0)))
+    present = [tensor is not None for tensor in data.tensors()]
+
+    def run(
+        point: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        x, s, lam, nu, lower, upper = point
+        full = empty._replace(x=x, s=s, lam=lam, nu=nu, lam_lower=lower, lam_upper=upper)
+        wants = iter(needed)
+        found = executor.pullback(data, full, gradients, tuple(here and next(wants) for here in present))
+        return tuple(gradient for gradient, here in zip(found, present, strict=True) if here)
+
+    return kkt.Pullback(run)
 
 
 def _system(found: pdipm.ActiveSystem | None, form: QPForm) -> kkt.System | None:

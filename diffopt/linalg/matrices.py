@@ -71,21 +71,37 @@ class SymmetricMatrix(ABC):
 
 
 class Dense(SymmetricMatrix):
-    """Q given by its entries, ``(*batch, n, n)``. The symmetric part is meant: (Q + Q') / 2."""
+    """Q given by its entries, ``(*batch, n, n)``. The symmetric part is meant: (Q + Q') / 2.
 
-    def __init__(self, entries: Tensor) -> None:
-        self.entries = entries
-        self.n = entries.shape[-1]
+    Args:
+        given: the entries.
+        symmetric: they are known to be symmetric, so their symmetric part need not be formed.
+
+    ``tensors()`` are the entries as given; ``entries`` is their symmetric part, formed when first asked for.
+    """
+
+    def __init__(self, given: Tensor, symmetric: bool = False) -> None:
+        self.given = given
+        self.symmetric = symmetric
+        self.n = given.shape[-1]
+        self._entries = given if symmetric else None
+
+    @property
+    def entries(self) -> Tensor:
+        """The symmetric part, ``(*batch, n, n)``."""
+        if self._entries is None:
+            self._entries = 0.5 * (self.given + self.given.mT)
+        return self._entries
 
     @property
     def batch_shape(self) -> torch.Size:
-        return self.entries.shape[:-2]
+        return self.given.shape[:-2]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.entries,)
+        return (self.given,)
 
     def with_tensors(self, *tensors: Tensor) -> Dense:
-        return Dense(*tensors)
+        return Dense(*tensors, symmetric=self.symmetric)
 
     def core_dims(self) -> tuple[int, ...]:
         return (2,)
@@ -94,16 +110,19 @@ class Dense(SymmetricMatrix):
         return matvec(self.entries, x)
 
     def diagonal(self) -> Tensor:
-        return self.entries.diagonal(dim1=-2, dim2=-1)
+        return self.given.diagonal(dim1=-2, dim2=-1)
 
     def dense(self) -> Tensor:
         return self.entries
 
     def scaled(self, d: Tensor) -> Dense:
-        return Dense(d.unsqueeze(-1) * self.entries * d.unsqueeze(-2))
+        return Dense(d.unsqueeze(-1) * self.entries * d.unsqueeze(-2), symmetric=True)
 
     def tangent_matvec(self, tangents: tuple[Tensor | None, ...], x: Tensor) -> Tensor | None:
-        return None if tangents[0] is None else matvec(tangents[0], x)
+        (tangent,) = tangents
+        if tangent is None:
+            return None
+        return matvec(tangent, x) if self.symmetric else 0.5 * (matvec(tangent, x) + rmatvec(tangent, x))
 
     def pairing_gradient(self, y: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         outer = y.unsqueeze(-1) * x.unsqueeze(-2)

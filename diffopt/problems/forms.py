@@ -77,6 +77,11 @@ class Form(ABC):
         return self.with_tensors({name: tensor.detach() for name, tensor in self.tensors().items()})
 
 
+MOST_PASSED = 1000
+_passed: dict[tuple[object, ...], tuple[torch.dtype, torch.device, torch.Size]] = {}
+"""Combinations of shapes, dtypes and devices that passed the checks: these cost more than a small problem."""
+
+
 class QPForm(Form):
     """minimise 1/2 x'Qx + q'x subject to Ax = b, Gx + s = h, s in K, lower <= x <= upper.
 
@@ -124,15 +129,26 @@ class QPForm(Form):
         self.cone = NonnegativeCone(self.m) if cone is None else cone
         if self.cone.dim != self.m:
             raise ShapeError(f"`cone` has dimension {self.cone.dim} but G has {self.m} rows. Expected the same number.")
-        tensors = self.tensors()
-        self.dtype, self.device = check_same_kind(tensors)
-        self.batch_shape = broadcast_batch(
-            {k: t.shape[: t.dim() - d] for (k, t), d in zip(tensors.items(), self._core_dims(), strict=True)}
-        )
+        self.dtype, self.device, self.batch_shape = self._checked_together()
 
-    def _core_dims(self) -> list[int]:
-        vectors = [1] * (int(self.lower is not None) + int(self.upper is not None))
-        return [*self.Q.core_dims(), 1, 2, 1, 2, 1, *vectors]
+    def _checked_together(self) -> tuple[torch.dtype, torch.device, torch.Size]:
+        """Check dtypes, devices and batch shapes against each other; once for each combination that passes."""
+        tensors = self.tensors()
+        key = tuple([(name, t.shape, t.dtype, t.device) for name, t in tensors.items()])
+        known = _passed.get(key)
+        if known is None:
+            dtype, device = check_same_kind(tensors)
+            dims = dict(zip(tensors, self.core_dims(), strict=True))
+            batch = broadcast_batch({k: t.shape[: t.dim() - dims[k]] for k, t in tensors.items()})
+            if len(_passed) >= MOST_PASSED:
+                _passed.clear()
+            known = _passed[key] = (dtype, device, batch)
+        return known
+
+    def core_dims(self) -> tuple[int, ...]:
+        """Return how many trailing dimensions of each of `tensors` belong to one instance."""
+        vectors = (1,) * (int(self.lower is not None) + int(self.upper is not None))
+        return (*self.Q.core_dims(), 1, 2, 1, 2, 1, *vectors)
 
     def tensors(self) -> dict[str, Tensor]:
         parts = self.Q.tensors()
@@ -154,6 +170,18 @@ class QPForm(Form):
         twin.Q = self.Q.with_tensors(*(tensors[name] for name in names[:count]))
         for name in names[count:]:
             setattr(twin, name, tensors[name])
+        return twin
+
+    def instance(self, index: int) -> QPForm:
+        """Return the problem of one instance, by its place in the flattened batch, without batch dimensions."""
+        place = torch.unravel_index(torch.tensor(index), self.batch_shape) if self.batch_shape else ()
+        place = tuple(int(i) for i in place)
+        tensors = {}
+        for (name, tensor), dims in zip(self.tensors().items(), self.core_dims(), strict=True):
+            core = tensor.shape[tensor.dim() - dims :]
+            tensors[name] = tensor.expand(*self.batch_shape, *core)[place]
+        twin = self.with_tensors(tensors)
+        twin.batch_shape = torch.Size()
         return twin
 
     def objective(self, x: Tensor) -> Tensor:
@@ -200,7 +228,7 @@ def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> Symmetric
     if isinstance(Q, SymmetricMatrix):
         if Q.n != n:
             raise ShapeError(f"`Q` is {Q.n} x {Q.n} but q has {n} entries. Expected the same number.")
-        return _hessian(Q.entries, q, n) if isinstance(Q, Dense) else Q
+        return _hessian(Q.given, q, n) if isinstance(Q, Dense) else Q
     require_tensor("Q", Q)
     if Q.dim() < 2 or Q.shape[-1] != Q.shape[-2]:
         raise ShapeError(
@@ -212,8 +240,7 @@ def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> Symmetric
             f"`Q` is {Q.shape[-1]} x {Q.shape[-1]} but `q` has {n} entries. "
             f"Expected Q of shape (*batch, {n}, {n}), got {tuple(Q.shape)}."
         )
-    check_same_kind({"Q": Q})  # before the arithmetic below makes floats of integers
-    return Dense(0.5 * (Q + Q.mT))
+    return Dense(Q)
 
 
 def _rows(

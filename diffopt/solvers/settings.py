@@ -33,6 +33,9 @@ class Settings:
             the interior-point end point is returned, and its small multipliers blur the gradient.
         reduction: how the primary backend eliminates: ``"auto"`` (default), ``"dual"`` (m x m),
             ``"diagonal"`` or ``"primal"`` (n x n). Affects speed, not what is solved.
+        executor: who carries out the primary backend's method: ``"auto"`` (default) takes compiled code
+            where it can take the problem, ``"torch"`` torch operations, ``"cpu"`` or ``"cuda"`` insist on
+            compiled code. Affects speed, not what is solved; `Solution.executor` says who it was.
     """
 
     tolerance: float | None
@@ -41,6 +44,7 @@ class Settings:
     weak_tolerance: float | None
     polish: bool
     reduction: Literal["auto", "dual", "diagonal", "primal"]
+    executor: Literal["auto", "torch", "cpu", "cuda"]
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class Settings:
         weak_tolerance: float | None = None,
         polish: bool = True,
         reduction: Literal["auto", "dual", "diagonal", "primal"] = "auto",
+        executor: Literal["auto", "torch", "cpu", "cuda"] = "auto",
         **unknown: Any,
     ) -> None:
         names = [f.name for f in fields(type(self))]
@@ -63,7 +68,9 @@ class Settings:
         _check("weak_tolerance", weak_tolerance, weak_ok, "None or a number between 0 and 1")
         reductions = ("auto", "dual", "diagonal", "primal")
         _check("reduction", reduction, reduction in reductions, f"one of {', '.join(map(repr, reductions))}")
-        values = (tolerance, int(max_iterations), kink_rule, weak_tolerance, bool(polish), reduction)
+        executors = ("auto", "torch", "cpu", "cuda")
+        _check("executor", executor, executor in executors, f"one of {', '.join(map(repr, executors))}")
+        values = (tolerance, int(max_iterations), kink_rule, weak_tolerance, bool(polish), reduction, executor)
         for name, value in zip(names, values, strict=True):
             object.__setattr__(self, name, value)
 

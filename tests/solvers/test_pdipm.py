@@ -10,7 +10,7 @@ import diffopt
 from diffopt import Diagonal, Settings, Status
 
 f64 = torch.float64
-REDUCTIONS = ["dual", "primal"]
+EXECUTORS = [("torch", "dual"), ("torch", "primal"), ("cpu", "dual")]
 
 
 def optnet(batch, n, m, p=0, seed=0):
@@ -22,11 +22,11 @@ def optnet(batch, n, m, p=0, seed=0):
     return U @ U.mT + 1e-3 * torch.eye(n, dtype=f64), q, A, (A @ x0[..., None])[..., 0], G, h
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("executor", "reduction"), EXECUTORS)
 @pytest.mark.parametrize("sizes", [(16, 10, 10, 0), (8, 20, 30, 5), (4, 60, 60, 10)])
-def test_optnet_problems_to_rounding(sizes, reduction):
-    solution = diffopt.solve_qp(*optnet(*sizes), settings=Settings(reduction=reduction))
-    assert solution.executor == f"torch:{reduction}"
+def test_optnet_problems_to_rounding(sizes, executor, reduction):
+    solution = diffopt.solve_qp(*optnet(*sizes), settings=Settings(executor=executor, reduction=reduction))
+    assert solution.executor == f"{executor}:{reduction}"
     assert solution.residuals.worst().max() < 1e-12
     assert solution.iterations.max() <= 20
 
@@ -37,7 +37,7 @@ def test_reductions_agree():
     answers = {}
     for reduction in ("diagonal", "dual", "primal"):
         matrix = Diagonal(d) if reduction == "diagonal" else torch.diag_embed(d)
-        settings = Settings(reduction=reduction)
+        settings = Settings(reduction=reduction, executor="torch")
         answers[reduction] = diffopt.solve_qp(matrix, q, A, b, G, h, lower=-1.0, settings=settings)
         assert answers[reduction].executor == f"torch:{reduction}"
     for name in ("x", "lam", "nu", "lam_lower", "s"):
@@ -47,16 +47,17 @@ def test_reductions_agree():
 
 def test_unsafe_instances_leave_the_fast_reduction_alone():
     Q, q, A, b, G, h = optnet(4, 6, 4)
-    alone = diffopt.solve_qp(Q, q, A, b, G, h)
+    settings = Settings(executor="torch")
+    alone = diffopt.solve_qp(Q, q, A, b, G, h, settings=settings)
     Q = Q.clone()
     Q[2] = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0], dtype=f64))
     lower = torch.full((4, 6), -torch.inf, dtype=f64)
-    mixed = diffopt.solve_qp(Q, q, A, b, G, h)
+    mixed = diffopt.solve_qp(Q, q, A, b, G, h, settings=settings)
     assert (alone.executor, mixed.executor) == ("torch:dual", "torch:dual+primal")
     assert mixed.ok.all() or mixed.status[2] == Status.DUAL_INFEASIBLE
     keep = [0, 1, 3]
     assert torch.equal(alone.x[keep], mixed.x[keep]) and torch.equal(alone.lam[keep], mixed.lam[keep])
-    absent = diffopt.solve_qp(Q, q, A, b, G, h, lower=lower)
+    absent = diffopt.solve_qp(Q, q, A, b, G, h, lower=lower, settings=settings)
     assert torch.allclose(absent.x[keep], mixed.x[keep], atol=1e-9)
 
 
@@ -72,10 +73,11 @@ def test_scale_of_the_data_does_not_matter():
         assert torch.allclose(columns.x / k, plain.x, atol=1e-8)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_cycling_problems_converge(reduction):
+@pytest.mark.parametrize(("executor", "reduction"), EXECUTORS)
+def test_cycling_problems_converge(executor, reduction):
     # Textbook Mehrotra cycles on about one in 3,000 of these.
-    solution = diffopt.solve_qp(*optnet(4096, 6, 6, seed=1), settings=Settings(reduction=reduction))
+    settings = Settings(executor=executor, reduction=reduction)
+    solution = diffopt.solve_qp(*optnet(4096, 6, 6, seed=1), settings=settings)
     assert (solution.status == Status.SOLVED).all() and solution.iterations.max() <= 25
 
 
@@ -199,7 +201,7 @@ def test_iteration_limit_keeps_the_iterate():
 
 def test_without_polish_and_loose_tolerance():
     problem = optnet(8, 10, 10)
-    exact = diffopt.solve_qp(*problem)
+    exact = diffopt.solve_qp(*problem, settings=Settings(executor="torch"))
     rough = diffopt.solve_qp(*problem, settings=Settings(polish=False, tolerance=1e-6))
     assert rough.ok.all() and (rough.iterations <= exact.iterations).all()
     assert 1e-14 < (rough.x - exact.x).abs().max() < 1e-2

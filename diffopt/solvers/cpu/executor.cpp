@@ -1,11 +1,136 @@
-// The C interface of the CPU executor. (Being written.)
-#include <cstdint>
+// The C interface of the CPU executor: plain pointers in, plain pointers out, no exception crosses it.
+//
+// Every instance is solved on its own and by the same instructions wherever it stands in a batch, so its answer has the
+// same bits in any batch. Small problems lie in the lanes of registers; a group that is not full is filled up with
+// copies of its last problem.
+#include <limits>
+
+#include "dual.hpp"
+#include "pool.hpp"
+#include "pullback.hpp"
 
 #if defined(_WIN32)
 #define DIFFOPT_API extern "C" __declspec(dllexport)
 #else
 #define DIFFOPT_API extern "C" __attribute__((visibility("default")))
 #endif
+
+namespace diffopt {
+namespace {
+
+// The memory of a thread for one shape of problems; kept from call to call, for new memory is slow memory.
+template <class P> struct Workspace {
+    Setup<P> setup;
+    Dual<P> dual;
+    Arena arena;
+    Workspace(const Batch& batch, const Options& options) : setup(batch), dual(batch, options) {
+        arena.lay_out([&](Arena& a) {
+            setup.plan(a);
+            dual.plan(a);
+        });
+    }
+};
+
+struct ShapeKey {
+    int64_t n = -1, p = 0, m = 0, lower = 0, upper = 0;
+    bool operator==(const ShapeKey& o) const {
+        return n == o.n && p == o.p && m == o.m && lower == o.lower && upper == o.upper;
+    }
+};
+
+// `batch` and `options` of this thread's present call; a workspace refers to them.
+template <class P> struct Local {
+    Batch batch;
+    Options options;
+    ShapeKey key;
+    std::unique_ptr<Workspace<P>> workspace;
+
+    Workspace<P>& get(const Batch& b, const Options& o) {
+        const ShapeKey wanted{b.n, b.p, b.m, b.has(FIELD_LOWER), b.has(FIELD_UPPER)};
+        batch = b;
+        options = o;
+        if (!workspace || !(wanted == key)) {
+            workspace.reset();
+            workspace = std::make_unique<Workspace<P>>(batch, options);
+            key = wanted;
+        }
+        return *workspace;
+    }
+};
+
+template <class T> void fill(void* target, Index from, Index to, Index size) {
+    T* v = static_cast<T*>(target);
+    for (Index i = from * size; i < to * size; i++) v[i] = std::numeric_limits<T>::quiet_NaN();
+}
+
+void clear_answer(const Batch& batch, const Answer& a, Index from, Index to) {
+    auto nan = [&](void* target, Index size) {
+        if (batch.single) fill<float>(target, from, to, size);
+        else fill<double>(target, from, to, size);
+    };
+    nan(a.x, batch.n);
+    nan(a.s, batch.m);
+    nan(a.lam, batch.m);
+    nan(a.nu, batch.p);
+    nan(a.lower, batch.n);
+    nan(a.upper, batch.n);
+    for (Index i = from; i < to; i++) {
+        a.status[i] = UNSOLVED;
+        a.iterations[i] = a.weak[i] = a.dependent[i] = 0;
+        if (a.saved) a.saved[i * a.saved_stride] = NO_RECORD;
+        for (int e = 0; e < 3; e++) a.residuals[e * batch.count + i] = std::numeric_limits<double>::quiet_NaN();
+    }
+}
+
+// Roughly how many operations an instance takes, for deciding whether threads are worth waking.
+double operations(const Batch& b) {
+    const double n = static_cast<double>(b.n), c = static_cast<double>(b.m + b.bounds()), p = static_cast<double>(b.p);
+    return n * n * n / 3 + n * n * (c + p) + n * (c + p) * (c + p) + 8 * (c * c * c / 3 + 8 * c * c + 60 * c) + 2000;
+}
+constexpr double WORTH_WAKING = 1e6, CHUNK = 2e5;
+
+template <class P> int64_t solve_batch(const Batch& batch, const Options& options, const Answer& answer, Index begin, Index end) {
+    const Index group = P::S, groups = (end - begin + group - 1) / group;
+    const double each = operations(batch) * static_cast<double>(group);
+    const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each));
+    const Index chunks = (groups + per_chunk - 1) / per_chunk;
+    const int64_t threads = each * static_cast<double>(groups) < WORTH_WAKING ? 1 : options.threads;
+    static thread_local Local<P> local;
+    const Setup<P>* common = nullptr;
+    if (matrices_shared(batch)) {
+        Setup<P>& setup = local.get(batch, options).setup;
+        setup.build(batch, begin);
+        common = &setup;
+        if (answer.saved_shared) keep_factor<P>(setup.U, setup.k.np, batch.n, 0, answer.saved_shared);
+    }
+    std::atomic<int64_t> missing{0};
+    std::atomic<bool> failed{false};
+    Pool::run(chunks, threads, [&](int64_t chunk) {
+        try {
+            static thread_local Local<P> mine;
+            Workspace<P>& w = common ? mine.get(batch, options) : local.get(batch, options);
+            const Index last = std::min<Index>(groups, (chunk + 1) * per_chunk);
+            for (Index q = chunk * per_chunk; q < last; q++) {
+                const Index first = begin + q * group;
+                if (!common) w.setup.build(batch, first);
+                missing += w.dual.run(common ? *common : w.setup, first, answer);
+            }
+        } catch (...) {
+            failed = true;
+        }
+    });
+    return failed ? -1 : missing.load();
+}
+
+bool takes(const Batch& batch, const Options& options) {
+    return batch.hessian == DENSE && static_cast<double>(batch.m + batch.bounds()) <= 1.9 * static_cast<double>(batch.n) &&
+           options.polish && (options.reduction == REDUCE_AUTO || options.reduction == REDUCE_DUAL);
+}
+
+}  // namespace
+}  // namespace diffopt
+
+using namespace diffopt;
 
 DIFFOPT_API int32_t diffopt_abi() { return 1; }
 
@@ -18,4 +143,45 @@ DIFFOPT_API int32_t diffopt_cpu_level() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
+}
+
+// How many numbers a solve keeps for its pullback: of each instance, and once for all.
+DIFFOPT_API int64_t diffopt_saved_size(const Batch* batch, int64_t once) {
+    return once ? Saved::shared_size(*batch) : Saved::size(*batch);
+}
+
+// Solves instances [begin, end); returns how many are left UNSOLVED, or -1 if memory ran out.
+DIFFOPT_API int64_t diffopt_solve(const Batch* batch, const Options* options, const Answer* answer, int64_t begin, int64_t end) {
+    try {
+        clear_answer(*batch, *answer, begin, end);
+        if (!takes(*batch, *options)) return end - begin;
+        const bool small = batch->n + batch->p <= options->lanes_up_to && batch->m + batch->bounds() <= options->lanes_up_to;
+        return small ? solve_batch<Lanes>(*batch, *options, *answer, begin, end)
+                     : solve_batch<Single>(*batch, *options, *answer, begin, end);
+    } catch (...) {
+        return -1;
+    }
+}
+
+// Writes the gradients of instances [begin, end); returns 0, or -1 if memory ran out.
+DIFFOPT_API int64_t diffopt_pullback(const Batch* batch, const Options* options, const Answer* answer,
+                                     const Gradients* gradients, int64_t begin, int64_t end) {
+    const double n = static_cast<double>(batch->n), each = 8 * n * n + 4 * n * static_cast<double>(batch->m) + 200;
+    const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each));
+    const Index chunks = (end - begin + per_chunk - 1) / per_chunk;
+    const int64_t threads = each * static_cast<double>(end - begin) < WORTH_WAKING ? 1 : options->threads;
+    std::atomic<bool> failed{false};
+    Pool::run(chunks, threads, [&](int64_t chunk) {
+        try {
+            static thread_local PullbackWork work;
+            const Index last = std::min<Index>(end, begin + (chunk + 1) * per_chunk);
+            for (Index i = begin + chunk * per_chunk; i < last; i++) {
+                if (batch->single) pull_back<float>(*batch, *answer, *gradients, i, work);
+                else pull_back<double>(*batch, *answer, *gradients, i, work);
+            }
+        } catch (...) {
+            failed = true;
+        }
+    });
+    return failed ? -1 : 0;
 }

@@ -1,0 +1,87 @@
+// A batch of quadratic programs as it comes through the C interface, and memory to work in.
+#pragma once
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "simd.hpp"
+
+namespace diffopt {
+
+enum Field { FIELD_Q, FIELD_FACTOR, FIELD_q, FIELD_A, FIELD_b, FIELD_G, FIELD_h, FIELD_LOWER, FIELD_UPPER, FIELDS };
+enum HessianKind : int64_t { DENSE, DIAGONAL, DIAGONAL_PLUS_LOW_RANK };
+
+// Every field is 8 bytes wide, so that the other side can write it as one array of numbers.
+struct Batch {
+    int64_t count, n, p, m, rank;  // rank: columns of the low-rank factor of Q
+    int64_t hessian, single;       // a HessianKind; whether the data is float32
+    const void* data[FIELDS];      // null where absent
+    int64_t stride[FIELDS];        // numbers from one instance to the next; 0: shared by all
+
+    bool has(Field f) const { return data[f] != nullptr; }
+    bool bounded() const { return has(FIELD_LOWER) || has(FIELD_UPPER); }
+    Index bounds() const { return bounded() ? n : 0; }
+    bool shared(Field f) const { return stride[f] == 0; }
+    template <class T> const T* at(Field f, Index instance) const {
+        return static_cast<const T*>(data[f]) + instance * stride[f];
+    }
+};
+
+enum Reduction : int64_t { REDUCE_AUTO, REDUCE_DUAL, REDUCE_DIAGONAL, REDUCE_PRIMAL };
+
+struct Options {
+    double tolerance, weak_tolerance;
+    int64_t max_iterations, reduction, polish, keep, threads, lanes_up_to;
+};
+
+// Where answers go: arrays over the batch, contiguous; null where not wanted.
+struct Answer {
+    void *x, *s, *lam, *nu, *lower, *upper;  // of the data's type
+    int8_t* status;
+    int64_t *iterations, *weak, *dependent;
+    double* residuals;                // primal of all instances, then dual, then gap
+    double *saved, *saved_shared;     // for the pullback; null if nothing is kept
+    int64_t saved_stride;             // numbers of each instance in `saved`
+};
+
+constexpr int8_t UNSOLVED = 0, SOLVED = 1;
+
+// A block of memory, aligned to registers, from which a thread takes arrays one after the other.
+class Arena {
+  public:
+    Arena() = default;
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    ~Arena() { std::free(memory_); }
+    // Takes room for `count` numbers, zeroed; with no memory reserved it only counts.
+    double* take(Index count) {
+        count = (count + 7) / 8 * 8;
+        double* p = memory_ ? memory_ + used_ : nullptr;
+        used_ += count;
+        return p;
+    }
+    void reserve() {
+        std::free(memory_);
+        memory_ = nullptr;
+        const std::size_t bytes = static_cast<std::size_t>(used_ + 8) * sizeof(double);
+        memory_ = static_cast<double*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+        if (!memory_) throw std::bad_alloc();
+        std::memset(memory_, 0, bytes);
+        used_ = 0;
+    }
+    // Lays out an object: `plan(arena)` takes its arrays, once to count and once for good.
+    template <class Plan> void lay_out(const Plan& plan) {
+        std::free(memory_);
+        memory_ = nullptr;
+        used_ = 0;
+        plan(*this);
+        reserve();
+        plan(*this);
+    }
+
+  private:
+    double* memory_ = nullptr;
+    Index used_ = 0;
+};
+
+}  // namespace diffopt

@@ -1,0 +1,309 @@
+// Dense linear algebra on matrices stored by rows, each row padded to whole packs (padding is zero).
+//
+// All of it rests on one register tile: entries (k, i..i+R) of one matrix times packs of row k of another, summed
+// over k. Factors are upper: S = U'U, row j of U computed from the rows above it, with the pack running along the row.
+#pragma once
+#include "simd.hpp"
+
+namespace diffopt {
+
+// acc[r][c] (-)= sum over k0 <= k < k1 of A(k, i + r) * B(k, pack q + c)
+template <class P, bool MINUS, int R, int C>
+INLINE void tile(Vec (&acc)[R][C], const double* A, Index lda, Index i, const double* B, Index ldb, Index q, Index k0,
+                 Index k1) {
+    const double* a = A + (k0 * lda + i) * P::S;
+    const double* b = B + k0 * ldb * P::S + q * W;
+    for (Index k = k0; k < k1; k++, a += lda * P::S, b += ldb * P::S) {
+        Vec row[C];
+        for (int c = 0; c < C; c++) row[c] = load(b + c * W);
+        for (int r = 0; r < R; r++) {
+            const Vec x = splat(P::get(a, r));
+            for (int c = 0; c < C; c++) acc[r][c] = MINUS ? acc[r][c] - x * row[c] : acc[r][c] + x * row[c];
+        }
+    }
+}
+
+// Rows of a tile. (Eight would fill AVX-512 better, but their corner, which is serial, costs more than that gains.)
+constexpr int BLOCK = 4;
+
+template <int N> using Constant = std::integral_constant<int, N>;
+
+// Calls f(R, C, row, pack) for tiles that cover packs [q0, q1) of the R rows at i.
+template <int R, class F> INLINE void row_tiles(Index i, Index q0, Index q1, const F& f) {
+    Index q = q0;
+    for (; q + 3 <= q1; q += 3) f(Constant<R>{}, Constant<3>{}, i, q);
+    if (q1 - q == 2) f(Constant<R>{}, Constant<2>{}, i, q);
+    if (q1 - q == 1) f(Constant<R>{}, Constant<1>{}, i, q);
+}
+// Calls f(R, row) for blocks of rows that cover [0, n), the largest first.
+template <class F> INLINE void row_blocks(Index n, const F& f) {
+    Index i = 0;
+    for (; i + BLOCK <= n; i += BLOCK) f(Constant<BLOCK>{}, i);
+    if (BLOCK > 4 && n - i >= 4) f(Constant<4>{}, i), i += 4;
+    if (n - i >= 2) f(Constant<2>{}, i), i += 2;
+    if (n - i == 1) f(Constant<1>{}, i);
+}
+// The same blocks, from the last to the first.
+template <class F> INLINE void row_blocks_reversed(Index n, const F& f) {
+    Index i = n;
+    if (i % 2) f(Constant<1>{}, i -= 1);
+    if (i % 4) f(Constant<2>{}, i -= 2);
+    if (BLOCK > 4 && i % BLOCK) f(Constant<4>{}, i -= 4);
+    while (i > 0) f(Constant<BLOCK>{}, i -= BLOCK);
+}
+
+// The R x R upper triangle at (j, j) of U, in registers or scalars.
+template <class P, int R> struct Corner {
+    typename P::Number u[R][R], inverse[R];
+    INLINE void read(const double* U, Index ld, Index j, const double* inv) {
+        for (int r = 0; r < R; r++) {
+            for (int t = r + 1; t < R; t++) u[r][t] = P::get(U + (j + r) * ld * P::S, j + t);
+            inverse[r] = P::get(inv, j + r);
+        }
+    }
+    // Solves U' y = v for the corner, on C packs at once.
+    template <int C> INLINE void solve_transposed(Vec (&v)[R][C]) const {
+        for (int r = 0; r < R; r++) {
+            for (int t = 0; t < r; t++)
+                for (int c = 0; c < C; c++) v[r][c] -= splat(u[t][r]) * v[t][c];
+            for (int c = 0; c < C; c++) v[r][c] *= splat(inverse[r]);
+        }
+    }
+};
+
+template <class P> struct Pivots {
+    typename P::Flag positive;             // all pivots were: the factor exists
+    typename P::Number smallest, largest;  // pivots, squares of U's diagonal
+};
+
+// U'U = S + diag(extra), upper, zeros below the diagonal. `extra` may be null; U may be S. inv: 1 / diagonal.
+template <class P>
+Pivots<P> cholesky(const double* S, Index lds, const double* extra, double* U, Index ld, Index n, double* inv) {
+    using Number = typename P::Number;
+    Pivots<P> pivots{none_of(typename P::Flag{}), splat(0.0)[0] + Number{} + INF, Number{}};
+    const Index packs = padded<P>(n) / P::E;
+    row_blocks(n, [&](auto rows, Index j) {
+        constexpr int R = decltype(rows)::value;
+        const Index q0 = j / P::E, corner_packs = (j + R - 1) / P::E + 1 - q0;
+        Corner<P, R> corner;
+        auto accumulate = [&](auto& acc, Index q, auto count) {
+            constexpr int C = decltype(count)::value;
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < C; c++) acc[r][c] = load(S + (j + r) * lds * P::S + (q + c) * W);
+            tile<P, true, R, C>(acc, U, ld, j, U, ld, q, 0, j);
+        };
+        // The packs that hold the corner go to memory first, and the corner is factored from there.
+        for (Index q = q0; q < q0 + corner_packs; q++) {
+            Vec acc[R][1];
+            accumulate(acc, q, Constant<1>{});
+            for (int r = 0; r < R; r++) store(U + (j + r) * ld * P::S + q * W, acc[r][0]);
+        }
+        for (int r = 0; r < R; r++) {
+            for (int t = r; t < R; t++) corner.u[r][t] = P::get(U + (j + r) * ld * P::S, j + t);
+            if (extra) corner.u[r][r] += P::get(extra, j + r);
+        }
+        for (int r = 0; r < R; r++) {
+            for (int t = 0; t < r; t++)
+                for (int k = r; k < R; k++) corner.u[r][k] -= corner.u[t][r] * corner.u[t][k];
+            const Number pivot = corner.u[r][r];
+            const auto good = (pivot > 0.0) & (pivot < INF);
+            pivots.positive = pivots.positive & good;
+            pivots.smallest = vmin(pivot, pivots.smallest);
+            pivots.largest = vmax(pivot, pivots.largest);
+            const Number root = vsqrt(select(good, pivot, Number{} + 1.0));  // a failed problem stays finite
+            corner.inverse[r] = 1.0 / root;
+            P::put(inv, j + r, corner.inverse[r]);
+            for (int k = r + 1; k < R; k++) corner.u[r][k] *= corner.inverse[r];
+        }
+        for (Index q = q0; q < q0 + corner_packs; q++) {
+            Vec v[R][1];
+            for (int r = 0; r < R; r++) v[r][0] = load(U + (j + r) * ld * P::S + q * W);
+            corner.template solve_transposed<1>(v);
+            for (int r = 0; r < R; r++) store(U + (j + r) * ld * P::S + q * W, v[r][0]);
+        }
+        for (int r = 0; r < R; r++) {
+            for (Index i = q0 * P::E; i < j + r; i++) P::put(U + (j + r) * ld * P::S, i, Number{});
+            for (int t = r + 1; t < R; t++) P::put(U + (j + r) * ld * P::S, j + t, corner.u[r][t]);
+            P::put(U + (j + r) * ld * P::S, j + r, 1.0 / corner.inverse[r]);
+        }
+        row_tiles<R>(j, q0 + corner_packs, packs, [&](auto, auto count, Index, Index q) {
+            constexpr int C = decltype(count)::value;
+            Vec acc[R][C];
+            accumulate(acc, q, count);
+            corner.template solve_transposed<C>(acc);
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < C; c++) store(U + (j + r) * ld * P::S + (q + c) * W, acc[r][c]);
+        });
+        for (Index q = 0; q < q0; q++)
+            for (int r = 0; r < R; r++) store(U + (j + r) * ld * P::S + q * W, Vec{});
+    });
+    return pivots;
+}
+
+// X <- U^-T X for the packs [q0, q1) of X. Column pack q is zero above row start(q).
+template <class P, class Start>
+void solve_transposed(const double* U, Index ldu, const double* inv, Index n, double* X, Index ldx, Index q0, Index q1,
+                      Start start) {
+    row_blocks(n, [&](auto rows, Index j) {
+        constexpr int R = decltype(rows)::value;
+        Corner<P, R> corner;
+        corner.read(U, ldu, j, inv);
+        row_tiles<R>(j, q0, q1, [&](auto, auto count, Index, Index q) {
+            constexpr int C = decltype(count)::value;
+            const Index k0 = start(q);
+            if (k0 >= j + R) return;
+            Vec acc[R][C];
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < C; c++) acc[r][c] = load(X + (j + r) * ldx * P::S + (q + c) * W);
+            tile<P, true, R, C>(acc, U, ldu, j, X, ldx, q, k0 < j ? k0 : j, j);
+            corner.template solve_transposed<C>(acc);
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < C; c++) store(X + (j + r) * ldx * P::S + (q + c) * W, acc[r][c]);
+        });
+    });
+}
+
+// D (+ or -)= X'X on and above the diagonal, for `rows` rows of X and `c` columns from entry i0 of X's rows on;
+// packs of D's rows before the diagonal's are zeroed. Column pack q of X is zero above row start(q).
+// With `from` null D is overwritten, else D = from -/+ X'X.
+template <class P, bool MINUS, class Start>
+void gram(const double* X, Index ldx, Index rows, Index c, const double* from, Index ldf, double* D, Index ldd,
+          Start start) {
+    const Index packs = padded<P>(c) / P::E;
+    row_blocks(c, [&](auto count_rows, Index i) {
+        constexpr int R = decltype(count_rows)::value;
+        row_tiles<R>(i, i / P::E, packs, [&](auto, auto count, Index, Index q) {
+            constexpr int C = decltype(count)::value;
+            Vec acc[R][C];
+            for (int r = 0; r < R; r++)
+                for (int k = 0; k < C; k++)
+                    acc[r][k] = from ? load(from + (i + r) * ldf * P::S + (q + k) * W) : Vec{};
+            tile<P, MINUS, R, C>(acc, X, ldx, i, X, ldx, q, start(q), rows);
+            for (int r = 0; r < R; r++)
+                for (int k = 0; k < C; k++) store(D + (i + r) * ldd * P::S + (q + k) * W, acc[r][k]);
+        });
+        for (int r = 0; r < R; r++) {
+            for (Index q = 0; q < i / P::E; q++) store(D + (i + r) * ldd * P::S + q * W, Vec{});
+            for (Index k = i / P::E * P::E; k < i + r; k++)
+                P::put(D + (i + r) * ldd * P::S, k, typename P::Number{});
+        }
+    });
+}
+
+// b <- U^-T b, in place.
+template <class P> void solve_transposed(const double* U, Index ld, const double* inv, Index n, double* b) {
+    using Number = typename P::Number;
+    const Index packs = padded<P>(n) / P::E;
+    row_blocks(n, [&](auto rows, Index j) {
+        constexpr int R = decltype(rows)::value;
+        Number y[R];
+        Corner<P, R> corner;
+        corner.read(U, ld, j, inv);
+        for (int r = 0; r < R; r++) {
+            y[r] = P::get(b, j + r);
+            for (int t = 0; t < r; t++) y[r] -= corner.u[t][r] * y[t];
+            y[r] *= corner.inverse[r];
+        }
+        const double* row = U + j * ld * P::S;
+        for (Index q = j / P::E; q < packs; q++) {
+            Vec v = load(b + q * W);
+            for (int r = 0; r < R; r++) v -= splat(y[r]) * load(row + r * ld * P::S + q * W);
+            store(b + q * W, v);
+        }
+        for (int r = 0; r < R; r++) P::put(b, j + r, y[r]);  // U is zero left of its diagonal: no others were touched
+    });
+}
+
+// b <- U^-1 b, in place.
+template <class P> void solve(const double* U, Index ld, const double* inv, Index n, double* b) {
+    using Number = typename P::Number;
+    const Index packs = padded<P>(n) / P::E;
+    row_blocks_reversed(n, [&](auto rows, Index j) {
+        constexpr int R = decltype(rows)::value;
+        Number y[R];
+        Corner<P, R> corner;
+        corner.read(U, ld, j, inv);
+        for (int r = 0; r < R; r++) {
+            y[r] = P::get(b, j + r);
+            P::put(b, j + r, Number{});
+        }
+        Vec acc[R] = {};
+        const double* row = U + j * ld * P::S;
+        for (Index q = j / P::E; q < packs; q++) {
+            const Vec v = load(b + q * W);
+            for (int r = 0; r < R; r++) acc[r] += v * load(row + r * ld * P::S + q * W);
+        }
+        for (int r = R - 1; r >= 0; r--) {
+            y[r] -= P::sum(acc[r]);
+            for (int t = r + 1; t < R; t++) y[r] -= corner.u[r][t] * y[t];
+            y[r] *= corner.inverse[r];
+        }
+        for (int r = 0; r < R; r++) P::put(b, j + r, y[r]);
+    });
+}
+
+// b <- (U'U)^-1 b, in place.
+template <class P> void solve_both(const double* U, Index ld, const double* inv, Index n, double* b) {
+    solve_transposed<P>(U, ld, inv, n, b);
+    solve<P>(U, ld, inv, n, b);
+}
+
+// out (packs [q0, q1) of it) += sign * X' y over `rows` rows.
+template <class P>
+void add_transposed(const double* X, Index ld, Index rows, const double* y, double sign, double* out, Index q0, Index q1) {
+    row_blocks(rows, [&](auto count, Index k) {
+        constexpr int R = decltype(count)::value;
+        Vec f[R];
+        for (int r = 0; r < R; r++) f[r] = splat(P::get(y, k + r)) * sign;
+        const double* row = X + k * ld * P::S;
+        for (Index q = q0; q < q1; q++) {
+            Vec v = load(out + q * W);
+            for (int r = 0; r < R; r++) v += f[r] * load(row + r * ld * P::S + q * W);
+            store(out + q * W, v);
+        }
+    });
+}
+
+// out += sign * X y over packs [q0, q1) of y and of X's rows; out has `rows` entries.
+template <class P>
+void add_product(const double* X, Index ld, Index rows, const double* y, double sign, double* out, Index q0, Index q1) {
+    row_blocks(rows, [&](auto count, Index k) {
+        constexpr int R = decltype(count)::value;
+        Vec acc[R] = {};
+        const double* row = X + k * ld * P::S;
+        for (Index q = q0; q < q1; q++) {
+            const Vec v = load(y + q * W);
+            for (int r = 0; r < R; r++) acc[r] += v * load(row + r * ld * P::S + q * W);
+        }
+        for (int r = 0; r < R; r++) P::put(out, k + r, P::get(out, k + r) + sign * P::sum(acc[r]));
+    });
+}
+
+// out += sign * D y for a symmetric D of which the upper triangle is stored, zeros below it.
+template <class P> void add_symmetric(const double* D, Index ld, Index n, const double* y, double sign, double* out) {
+    const Index packs = padded<P>(n) / P::E;
+    row_blocks(n, [&](auto count, Index k) {
+        constexpr int R = decltype(count)::value;
+        typename P::Number mine[R];
+        Vec f[R], acc[R] = {};
+        const double* row = D + k * ld * P::S;
+        for (int r = 0; r < R; r++) {
+            mine[r] = P::get(y, k + r) * sign;
+            f[r] = splat(mine[r]);
+        }
+        for (Index q = k / P::E; q < packs; q++) {
+            const Vec v = load(y + q * W);
+            Vec o = load(out + q * W);
+            for (int r = 0; r < R; r++) {
+                const Vec d = load(row + r * ld * P::S + q * W);
+                acc[r] += v * d;
+                o += f[r] * d;
+            }
+            store(out + q * W, o);
+        }
+        for (int r = 0; r < R; r++)  // the diagonal was met twice
+            P::put(out, k + r, P::get(out, k + r) + sign * P::sum(acc[r]) - P::get(row + r * ld * P::S, k + r) * mine[r]);
+    });
+}
+
+}  // namespace diffopt

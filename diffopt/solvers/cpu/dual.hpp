@@ -1,0 +1,406 @@
+// The interior-point method in dual form: x, nu and Q are eliminated once, and the iteration knows only directions.
+//
+// With forces f (the sum of sign * z over the rows of a direction) the minimiser under these forces is at
+// u(f) = u0 - R f, in terms of what the constraints measure, so stationarity and equalities hold exactly throughout.
+// A Newton step on  sign u + s = side,  s z = tau  is one solve with R + diag(1/w), w the sum of z/s over a direction.
+#pragma once
+#include "cone.hpp"
+#include "setup.hpp"
+
+namespace diffopt {
+
+constexpr double TRY = 1e-3;      // relative residual below which a repeated active set is tried
+constexpr double ENOUGH = 1e-12;  // relative residual at which a polished point is as good as it gets
+constexpr double SIGN = 1e-10;    // relative size of a wrong sign that is rounding error
+constexpr double AHEAD = 1e-4;    // complementarity may not fall below this times the residual
+constexpr double SHIFT = 1e-10;   // keeps R + diag(1/w) definite where active rows depend on each other
+constexpr double OFF = 1e30;      // 1/w of a direction without rows: it does not move
+
+template <class P> class Dual {
+  public:
+    using Number = typename P::Number;
+    using Flag = typename P::Flag;
+
+    // Constraint rows of one kind: at which entries of row vectors, which directions they measure, with which sign.
+    struct Section {
+        Index row, direction, packs;
+        double sign;
+    };
+
+    Dual(const Batch& batch, const Options& options) : batch_(batch), options_(options), k(batch) {
+        auto add = [&](Index direction, Index size, double sign) {
+            if (size) sections_[count_++] = {rows_, direction, k.packs(size), sign};
+            rows_ += size;
+        };
+        add(0, k.mp, 1);
+        lower_ = rows_;
+        add(k.mp, batch.has(FIELD_LOWER) ? k.bp : 0, -1);
+        upper_ = rows_;
+        add(k.mp, batch.has(FIELD_UPPER) ? k.bp : 0, 1);
+        two_sided_ = batch.has(FIELD_LOWER) && batch.has(FIELD_UPPER);
+    }
+
+    void plan(Arena& arena) {
+        const Index S = P::S;
+        for (double** v : {&q_, &x_, &t_, &work_, &Qx_, &pull_, &push_}) *v = arena.take(k.np * S);
+        for (double** v : {&b_, &nu0_}) *v = arena.take(k.pp * S);
+        for (double** v : {&h0_, &y_, &target_, &joint_, &Cx_, &active_}) *v = arena.take(k.joint * S);
+        for (double** v : {&u0_, &u_, &f_, &df_, &inverse_w_, &g_, &extra_}) *v = arena.take(k.directions * S);
+        for (double** v : {&s_, &z_, &side_, &on_, &above_, &r_, &ratio_, &ds_, &dz_}) *v = arena.take(rows_ * S);
+        K_ = arena.take(k.directions * k.directions * S);
+        inv_k_ = arena.take(k.directions * S);
+        const Index most = P::LANES ? k.joint : padded<P>(k.n);
+        ldb_ = most;
+        B_ = P::LANES ? nullptr : arena.take(k.n * most);
+        M_ = arena.take(most * most * S);
+        inv_m_ = arena.take(most * S);
+        compact_ = arena.take(most * S);
+    }
+
+    // Solves the problems that start at `first`; those solved are written to `answer`. Returns how many were not.
+    Index run(const Setup<P>& setup, Index first, const Answer& answer) {
+        m_ = &setup;
+        first_ = first;
+        if (batch_.single) read<float>();
+        else read<double>();
+        start();
+        Index missing = iterate(answer);
+        return missing;
+    }
+
+  private:
+    const Batch& batch_;
+    const Options& options_;
+    Shape<P> k;
+    const Setup<P>* m_ = nullptr;
+    Index first_ = 0;
+    Section sections_[3] = {};
+    int count_ = 0;
+    Index rows_ = 0, lower_ = 0, upper_ = 0;
+    bool two_sided_ = false;
+    Flag sound_{};
+    Number total_{}, objective_{};  // rows that exist; q'Q^-1 q, the size of the objective
+
+    double *q_, *x_, *t_, *work_, *Qx_, *pull_, *push_;
+    double *b_, *nu0_;
+    double *h0_, *y_, *target_, *joint_, *Cx_, *active_;
+    double *u0_, *u_, *f_, *df_, *inverse_w_, *g_, *extra_;
+    double *s_, *z_, *side_, *on_, *above_, *r_, *ratio_, *ds_, *dz_;
+    double *K_, *inv_k_, *B_, *M_, *inv_m_, *compact_;
+    Index ldb_ = 0, held_ = 0;  // row length of B and M; Single: how many rows are held
+    std::vector<Index> list_;   // Single: joint indices of the held rows
+
+    template <class F> INLINE void each_row(const F& f) const {
+        for (int i = 0; i < count_; i++) {
+            const Section c = sections_[i];
+            const Index row = c.row * P::S, direction = c.direction * P::S;
+            for (Index q = 0; q < c.packs; q++) f(row + q * W, direction + q * W, c.sign);
+        }
+    }
+    INLINE Mask on(Index at) const { return (Mask)load(on_ + at); }
+
+    // ---- data ------------------------------------------------------------------------------------------------
+
+    template <class T> void read() {
+        for (int lane = 0; lane < P::S; lane++) {
+            const Index i = first_ + lane < batch_.count ? first_ + lane : batch_.count - 1;
+            auto copy = [&](Field field, Index size, double* target) {
+                if (!batch_.has(field)) return;
+                const T* source = batch_.at<T>(field, i);
+                for (Index r = 0; r < size; r++) target[r * P::S + lane] = static_cast<double>(source[r]);
+            };
+            copy(FIELD_q, k.n, q_);
+            copy(FIELD_b, k.p, b_);
+            copy(FIELD_h, k.m, side_);
+            copy(FIELD_LOWER, k.n, side_ + lower_ * P::S);
+            copy(FIELD_UPPER, k.n, side_ + upper_ * P::S);
+        }
+        Vec bad{};  // stays zero only if nothing is infinite or NaN
+        for (Index v = 0; v < k.packs(k.np); v++) {
+            const Vec x = load(q_ + v * W);
+            bad += x * 0.0;
+            store(q_ + v * W, x * load(m_->d + v * W) * splat(m_->cost));
+        }
+        for (Index v = 0; v < k.packs(k.pp); v++) {
+            const Vec x = load(b_ + v * W);
+            bad += x * 0.0;
+            store(b_ + v * W, x * load(m_->eq + v * W));
+        }
+        sound_ = m_->sound & (P::sum(bad) == 0.0);
+        // An infinite side is no row, unless it is infinite the wrong way; lower >= upper is for another method.
+        Mask wrong{};
+        if (two_sided_)
+            for (Index v = 0; v < k.packs(k.bp); v++)
+                wrong |= ~(load(side_ + lower_ * P::S + v * W) < load(side_ + upper_ * P::S + v * W)) &
+                         inside(v * P::E, k.n);
+        Vec many{};
+        each_row([&](Index at, Index direction, double sign) {
+            const bool bound = direction >= k.mp * P::S;
+            const Index entry = (direction - (bound ? k.mp * P::S : 0)) / P::S;
+            const Vec unit = bound ? load(m_->d + entry * P::S) : 1.0 / load(m_->rows + entry * P::S);
+            const Vec side = load(side_ + at) * sign;
+            const Mask real = inside(entry, bound ? k.n : k.m);
+            const Mask here = real & (side < INF);
+            wrong |= real & ~(side > -INF);  // NaN too
+            store(on_ + at, (Vec)here);
+            store(side_ + at, select(here, side / unit, 0.0));
+            store(above_ + at, Vec{});
+            many += select(here, splat(1.0), 0.0);
+        });
+        sound_ = sound_ & none_of(P::any_entry(wrong));
+        total_ = P::sum(many);
+    }
+
+    // Entries of the pack that starts at `entry` which are below `size`: the others are padding.
+    static INLINE Mask inside(Index entry, Index size) {
+        if (P::LANES) return Mask{} - static_cast<int64_t>(entry < size);
+        Mask m{};
+        for (int i = 0; i < W; i++) m[i] = entry + i < size ? -1 : 0;
+        return m;
+    }
+
+    // ---- the iteration ---------------------------------------------------------------------------------------
+
+    void start() {
+        const Index qn = k.packs(k.np), qj = k.packs(k.joint), qd = k.packs(k.directions);
+        std::memcpy(t_, q_, bytes(k.np));
+        solve_transposed<P>(m_->U, k.np, m_->inv, k.n, t_);
+        Vec acc{};
+        for (Index q = 0; q < qn; q++) acc += load(t_ + q * W) * load(t_ + q * W);
+        objective_ = P::sum(acc);
+        clear(h0_, k.joint);
+        add_transposed<P>(m_->V, k.joint, k.n, t_, 1, h0_, 0, qj);
+        const double* h0_c = h0_ + k.pp * P::S;
+        for (Index q = 0; q < qd; q++) store(u0_ + q * W, -load(h0_c + q * W));
+        if (k.p) {
+            for (Index q = 0; q < k.packs(k.pp); q++) store(nu0_ + q * W, load(b_ + q * W) + load(h0_ + q * W));
+            solve_transposed<P>(m_->E, k.pp, m_->inv_e, k.p, nu0_);
+            add_transposed<P>(m_->H, k.directions, k.p, nu0_, 1, u0_, 0, qd);
+        }
+        // The minimiser of the objective plus 1/2 |C x - side|^2 / weight over all rows, weight 1 unless far away.
+        for (Index q = 0; q < qd; q++) {
+            store(inverse_w_ + q * W, Vec{});
+            store(g_ + q * W, Vec{});
+        }
+        each_row([&](Index at, Index direction, double sign) {
+            const Vec side = load(side_ + at), weight = far_weight(side), share = select(on(at), 1.0 / weight, 0.0);
+            store(ratio_ + at, weight);
+            store(inverse_w_ + direction, load(inverse_w_ + direction) + share);
+            store(g_ + direction, load(g_ + direction) + sign * side * share);
+        });
+        for (Index q = 0; q < qd; q++) {
+            const Vec w = load(inverse_w_ + q * W), inverse = select(w > 0.0, 1.0 / w, splat(OFF));
+            store(inverse_w_ + q * W, inverse);
+            store(extra_ + q * W, inverse + SHIFT);
+            store(f_ + q * W, select(w > 0.0, load(u0_ + q * W) - load(g_ + q * W) * inverse, 0.0));
+        }
+        if (k.directions) {
+            auto pivots = cholesky<P>(m_->R, k.directions, extra_, K_, k.directions, k.directions, inv_k_);
+            sound_ = sound_ & pivots.positive;
+            solve_both<P>(K_, k.directions, inv_k_, k.directions, f_);
+        }
+        measure();
+        Vec low_s = splat(INF), low_z = splat(INF), high_s{}, high_z{};
+        each_row([&](Index at, Index direction, double sign) {
+            const Vec side = load(side_ + at), v = sign * load(u_ + direction);
+            const Vec s = side - v, z = (v - side) / load(ratio_ + at);
+            const Mask here = on(at);
+            store(s_ + at, s);
+            store(z_ + at, z);
+            low_s = vmin(low_s, select(here, s, splat(INF)));
+            low_z = vmin(low_z, select(here, z, splat(INF)));
+            high_s = vmax(high_s, select(here, vabs(s), 0.0));
+            high_z = vmax(high_z, select(here, vabs(z), 0.0));
+        });
+        const Number shift_s = interior_shift<Number>(P::min(low_s), P::max(high_s));
+        const Number shift_z = interior_shift<Number>(P::min(low_z), P::max(high_z));
+        each_row([&](Index at, Index, double) {
+            const Mask here = on(at);
+            const Vec s = select(here, load(s_ + at) + splat(shift_s), 1.0);
+            store(s_ + at, s);
+            store(z_ + at, select(here, far_multiplier(s, load(z_ + at) + splat(shift_z)), 0.0));
+        });
+    }
+
+    // u = u0 - R f
+    void measure() {
+        std::memcpy(u_, u0_, bytes(k.directions));
+        add_symmetric<P>(m_->R, k.directions, k.directions, f_, -1, u_);
+    }
+
+    // f = the sum of sign * z over the rows of each direction
+    void collect_forces() {
+        clear(f_, k.directions);
+        each_row([&](Index at, Index direction, double sign) {
+            store(f_ + direction, load(f_ + direction) + sign * load(z_ + at));
+        });
+    }
+
+    // Mehrotra's predictor-corrector method, as diffopt.solvers.interior_point.solve; see there for the choices.
+    Index iterate(const Answer& answer) {
+        Flag running = sound_;
+        Number last_mu = Number{} + INF, slow{}, stalled{}, tried = Number{} + INF, failures{};
+        for (int64_t step = 0;; step++) {
+            collect_forces();
+            measure();
+            Vec mu_sum{}, violation{}, size{}, gap_sum{}, side_sum{};
+            Mask changed{};
+            each_row([&](Index at, Index direction, double sign) {
+                const Mask here = on(at);
+                const Vec s = load(s_ + at), z = load(z_ + at), side = load(side_ + at);
+                const Vec v = select(here, sign * load(u_ + direction), 0.0);
+                store(r_ + at, select(here, v + s - side, 0.0));
+                mu_sum += select(here, s * z, 0.0);
+                violation = vmax_nan(v - side, violation);
+                size = vmax(vmax(vabs(v), vabs(side)), size);
+                gap_sum += z * (side - v);
+                side_sum += z * side;
+                const Mask above = here & (z > s);
+                changed |= above ^ (Mask)load(above_ + at);
+                store(above_ + at, (Vec)above);
+            });
+            const Number mu = P::sum(mu_sum) / vmax(total_, Number{} + 1.0);
+            const Number primal = P::max(violation) / (1.0 + P::max(size));
+            const Number gap = vabs(P::sum(gap_sum)) / (1.0 + vmax(vabs(P::sum(side_sum)), objective_));
+            const Number residual = vmax_nan(primal, gap);
+            const Flag at_end = residual <= options_.tolerance;
+            // The right active set is often known long before the point is accurate.
+            const bool first_step = step == 0;
+            const Flag repeated = none_of(P::any_entry(changed)) & (first_step ? Flag{} : none_of(Flag{}));
+            const Flag due = running & (at_end | ((residual <= TRY) & repeated & (residual <= 0.1 * tried)));
+            if (any(due)) {
+                tried = select(due, residual, tried);
+                const Flag solved = polish(due, at_end, step, answer);
+                running = running & none_of(solved);
+                failures = failures + select(due & none_of(solved) & at_end, Number{} + 1.0, Number{});
+            }
+            running = running & (residual < INF) & (stalled < 3.0) & (failures < 3.0);
+            if (!any(running) || step == options_.max_iterations) break;
+
+            factor_step(running);
+            direction(Number{}, false);
+            const Number alpha_affine = longest_step();
+            Vec affine_sum{};
+            each_row([&](Index at, Index, double) {
+                const Vec a = splat(alpha_affine);
+                const Vec s = load(s_ + at) + a * load(ds_ + at), z = load(z_ + at) + a * load(dz_ + at);
+                affine_sum += select(on(at), s * z, 0.0);
+            });
+            const Number mu_affine = P::sum(affine_sum) / vmax(total_, Number{} + 1.0);
+            Number ratio = mu_affine / select(mu > 0.0, mu, Number{} + 1.0);
+            ratio = vmin(vmax(ratio, Number{}), Number{} + 1.0);
+            // Complementarity must not run ahead of feasibility.
+            const Number sigma = select(mu < AHEAD * residual, Number{} + 1.0, ratio * ratio * ratio);
+            direction(sigma * mu, true);
+            const Number longest = longest_step();
+            Number eta = vmin(vmax(1.0 - mu, Number{} + 0.995), Number{} + (1 - 1e-7));
+            slow = slow + select(mu > 0.7 * last_mu, Number{} + 1.0, Number{});
+            // An iterate far from the centre is blocked again and again; short steps let the centring work.
+            eta = select((slow >= 2.0) & (longest < 0.9), Number{} + 0.9, eta);
+            Number alpha = vmin(eta * longest, Number{} + 1.0);
+            alpha = select(running & (alpha >= 0.0), alpha, Number{});
+            each_row([&](Index at, Index, double) {
+                const Vec a = splat(alpha);
+                store(s_ + at, load(s_ + at) + a * load(ds_ + at));
+                store(z_ + at, load(z_ + at) + a * load(dz_ + at));
+            });
+            stalled = select(alpha < 1e-4, stalled + 1.0, Number{});
+            last_mu = mu;
+        }
+        Index missing = 0;
+        for (int lane = 0; lane < P::S; lane++)
+            if (first_ + lane < batch_.count && answer.status[first_ + lane] != SOLVED) missing++;
+        return missing;
+    }
+
+    void factor_step(Flag& running) {
+        for (Index q = 0; q < k.packs(k.directions); q++) store(inverse_w_ + q * W, Vec{});
+        each_row([&](Index at, Index direction, double) {
+            const Vec e = row_ratio(load(s_ + at), load(z_ + at));
+            const Mask here = on(at);
+            store(ratio_ + at, e);
+            store(inverse_w_ + direction, load(inverse_w_ + direction) + select(here, 1.0 / e, 0.0));
+        });
+        for (Index q = 0; q < k.packs(k.directions); q++) {
+            const Vec w = load(inverse_w_ + q * W), inverse = select(w > 0.0, 1.0 / w, splat(OFF));
+            store(inverse_w_ + q * W, inverse);
+            store(extra_ + q * W, inverse + SHIFT);
+        }
+        const auto pivots = cholesky<P>(m_->R, k.directions, extra_, K_, k.directions, k.directions, inv_k_);
+        running = running & pivots.positive;
+    }
+
+    // The Newton direction for  s z = tau, tau = target - ds dz of the direction before (`second`), else target.
+    void direction(Number target, bool second) {
+        const Index qd = k.packs(k.directions);
+        clear(g_, k.directions);
+        each_row([&](Index at, Index direction, double sign) {
+            const Vec s = load(s_ + at), z = load(z_ + at);
+            Vec tau = splat(target);
+            if (second) tau -= load(ds_ + at) * load(dz_ + at);
+            const Vec side = s - load(r_ + at) - tau / z;
+            store(ds_ + at, tau);
+            store(dz_ + at, side);
+            store(g_ + direction, load(g_ + direction) + select(on(at), sign * side / load(ratio_ + at), 0.0));
+        });
+        for (Index q = 0; q < qd; q++) {
+            const Vec g = load(g_ + q * W) * load(inverse_w_ + q * W);
+            store(g_ + q * W, g);
+            store(df_ + q * W, -g);
+        }
+        solve_both<P>(K_, k.directions, inv_k_, k.directions, df_);
+        if (two_sided_) split_two_sided();
+        each_row([&](Index at, Index direction, double sign) {
+            const Mask here = on(at);
+            const Vec s = load(s_ + at), z = load(z_ + at), e = load(ratio_ + at), tau = load(ds_ + at);
+            const bool split = two_sided_ && direction >= k.mp * P::S;
+            const Vec df = load(df_ + direction);
+            const Vec dz = split ? load(dz_ + at) : sign * df;
+            const Vec du = df * load(inverse_w_ + direction) + load(g_ + direction);
+            // Where s is small its change is taken from complementarity, elsewhere from feasibility.
+            const Vec ds = select(s < z, tau / z - s - e * dz, -load(r_ + at) - sign * du);
+            store(ds_ + at, select(here, ds, 0.0));
+            store(dz_ + at, select(here, dz, 0.0));
+        });
+    }
+
+    // Of a variable's two bounds the one with the smaller weight is computed directly, the other takes the rest of
+    // the force, which the system knows accurately. On entry dz_ holds the sides of the rows.
+    void split_two_sided() {
+        for (Index q = 0; q < k.packs(k.bp); q++) {
+            const Index l = lower_ * P::S + q * W, u = upper_ * P::S + q * W, direction = k.mp * P::S + q * W;
+            const Mask on_l = on(l), on_u = on(u);
+            const Vec e_l = load(ratio_ + l), e_u = load(ratio_ + u), df = load(df_ + direction);
+            const Vec du = df * load(inverse_w_ + direction) + load(g_ + direction);
+            const Vec direct_l = select(on_l, (-du - load(dz_ + l)) / e_l, 0.0);
+            const Vec direct_u = select(on_u, (du - load(dz_ + u)) / e_u, 0.0);
+            const Mask light_l = on_u & (~on_l | (e_l >= e_u));
+            store(dz_ + l, select(light_l, direct_l, direct_u - df));
+            store(dz_ + u, select(light_l, df + direct_l, direct_u));
+        }
+    }
+
+    Number longest_step() const {
+        Vec alpha = splat(1.0);
+        each_row([&](Index at, Index, double) {
+            alpha = vmin(reach(load(s_ + at), load(ds_ + at)), alpha);
+            alpha = vmin(reach(load(z_ + at), load(dz_ + at)), alpha);
+        });
+        return P::min(alpha);
+    }
+
+    Flag polish(Flag due, Flag at_end, int64_t step, const Answer& answer);
+    Flag hold(bool keep_rows);
+    void solve_held(double* right);
+    void residual_of_point();
+    void write(int lane, int64_t step, const double* errors, Index weak, const Answer& answer);
+    template <class T> void write_point(int lane, const Answer& answer) const;
+    void keep(int lane, const Answer& answer);
+
+    std::size_t bytes(Index entries) const { return static_cast<std::size_t>(entries * P::S) * sizeof(double); }
+    void clear(double* v, Index entries) const { std::memset(v, 0, bytes(entries)); }
+};
+
+}  // namespace diffopt
+
+#include "polish.hpp"

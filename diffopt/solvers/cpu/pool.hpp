@@ -1,0 +1,100 @@
+// Threads that share out the instances of a batch. Which thread does what changes no result.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+namespace diffopt {
+
+class Pool {
+  public:
+    // Calls work(chunk) for each chunk, on up to `threads` threads, the caller among them.
+    static void run(int64_t chunks, int64_t threads, const std::function<void(int64_t)>& work) {
+        if (threads > chunks) threads = chunks;
+        Pool* pool = threads > 1 ? instance() : nullptr;
+        // A second caller at the same time works alone: the cores are taken.
+        if (!pool || !pool->busy_.try_lock()) {
+            for (int64_t c = 0; c < chunks; c++) work(c);
+            return;
+        }
+        std::lock_guard<std::mutex> busy(pool->busy_, std::adopt_lock);
+        pool->share(chunks, threads - 1, work);
+    }
+
+  private:
+    std::mutex busy_, mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> threads_;
+    const std::function<void(int64_t)>* work_ = nullptr;
+    std::atomic<int64_t> next_{0};
+    int64_t chunks_ = 0, generation_ = 0, wanted_ = 0, joined_ = 0, running_ = 0;
+
+    // Never destroyed: its threads sleep until the process ends. A forked child has none of them and makes its own.
+    static Pool* instance() {
+        static std::mutex guard;
+        static Pool* pool = nullptr;
+        static int64_t owner = 0;
+        std::unique_lock<std::mutex> lock(guard, std::try_to_lock);
+        if (!lock) return nullptr;
+#if defined(_WIN32)
+        const int64_t process = 1;
+#else
+        const int64_t process = getpid();
+#endif
+        if (owner != process) {
+            pool = new Pool;
+            owner = process;
+        }
+        return pool;
+    }
+
+    void share(int64_t chunks, int64_t helpers, const std::function<void(int64_t)>& work) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            try {
+                while (static_cast<int64_t>(threads_.size()) < helpers) threads_.emplace_back([this] { live(); });
+            } catch (const std::system_error&) {
+                // No more threads to be had: those that exist, and the caller, do the work.
+            }
+            work_ = &work;
+            chunks_ = chunks;
+            next_ = 0;
+            wanted_ = helpers;
+            joined_ = 0;
+            generation_++;
+        }
+        wake_.notify_all();
+        for (int64_t c; (c = next_.fetch_add(1)) < chunks;) work(c);
+        std::unique_lock<std::mutex> lock(mutex_);
+        wanted_ = 0;  // who has not woken yet need not
+        done_.wait(lock, [this] { return running_ == 0; });
+        work_ = nullptr;
+    }
+
+    void live() {
+        int64_t seen = 0;
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return generation_ != seen && joined_ < wanted_; });
+            seen = generation_;
+            joined_++;
+            running_++;
+            const auto* work = work_;
+            const int64_t chunks = chunks_;
+            lock.unlock();
+            for (int64_t c; (c = next_.fetch_add(1)) < chunks;) (*work)(c);
+            lock.lock();
+            if (--running_ == 0) done_.notify_one();
+        }
+    }
+};
+
+}  // namespace diffopt

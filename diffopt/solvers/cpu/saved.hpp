@@ -1,0 +1,64 @@
+// What a solve leaves for its pullback: the factor of the final active set, one record for each instance.
+#pragma once
+#include "batch.hpp"
+#include "dense.hpp"
+
+namespace diffopt {
+
+// Q, A and G are the same for all instances: then so is the factor of Q, and it is kept once.
+inline bool matrices_shared(const Batch& batch) {
+    return batch.count > 1 && batch.shared(FIELD_Q) && batch.shared(FIELD_A) && batch.shared(FIELD_G);
+}
+
+// Stands in the place of the count where an instance has no record.
+constexpr double NO_RECORD = -1;
+
+// A record: count of held rows, cost; scaling d, eq, rows; the held rows' places in [A; G; I] (a lower bound's as
+// -1 - place); then U (n x ldu) unless shared, V (n x ld), M (ld x ld), rows padded to whole packs.
+struct Saved {
+    double *head, *d, *eq, *rows, *held, *U, *V, *M;
+    Index n, p, m, ldu, ld = 0, count = 0;
+    bool shared;
+
+    Saved(const Batch& batch, const Answer& answer, Index instance)
+        : n(batch.n), p(batch.p), m(batch.m), ldu(padded<Single>(batch.n)), shared(matrices_shared(batch)) {
+        head = answer.saved + instance * answer.saved_stride;
+        d = head + 2;
+        eq = d + n;
+        rows = eq + p;
+        held = rows + m;
+        double* rest = head + round(2 + 2 * n + p + m);
+        U = shared ? answer.saved_shared : rest;
+        V = shared ? rest : rest + n * ldu;
+        M = nullptr;
+    }
+    static Index round(Index count) { return (count + 7) / 8 * 8; }
+    static Index size(const Batch& batch) {
+        const Index ld = padded<Single>(batch.n), factor = matrices_shared(batch) ? 0 : batch.n * ld;
+        return round(2 + 2 * batch.n + batch.p + batch.m) + factor + batch.n * ld + ld * ld;
+    }
+    static Index shared_size(const Batch& batch) {
+        return matrices_shared(batch) ? batch.n * padded<Single>(batch.n) : 0;
+    }
+    void start(Index rows_held, double cost) {
+        head[0] = static_cast<double>(rows_held);
+        head[1] = cost;
+        open();
+    }
+    void open() {
+        count = static_cast<Index>(head[0]);
+        ld = padded<Single>(count);
+        M = V + n * ld;
+    }
+    double cost() const { return head[1]; }
+};
+
+// Writes the factor U of Q, of one lane, by rows of whole packs.
+template <class P> void keep_factor(const double* U, Index ld, Index n, int lane, double* target) {
+    const Index ldu = padded<Single>(n);
+    for (Index r = 0; r < n; r++)
+        for (Index c = r / W * W; c < ldu; c++)
+            target[r * ldu + c] = c >= r && c < n ? U[(r * ld + c) * P::S + lane] : 0.0;
+}
+
+}  // namespace diffopt

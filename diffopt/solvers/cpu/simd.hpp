@@ -1,0 +1,149 @@
+// Registers of W numbers, and the two ways in which problems lie in them.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+// A register of exactly the machine's width: wider vector types are split badly by compilers.
+#if defined(__AVX512F__)
+#define DIFFOPT_WIDTH 8
+#elif defined(__AVX__)
+#define DIFFOPT_WIDTH 4
+#else
+#define DIFFOPT_WIDTH 2
+#endif
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace diffopt {
+
+constexpr int W = DIFFOPT_WIDTH;
+typedef double Vec __attribute__((vector_size(8 * DIFFOPT_WIDTH)));
+typedef int64_t Mask __attribute__((vector_size(8 * DIFFOPT_WIDTH)));  // all bits set is true
+
+using Index = std::ptrdiff_t;
+constexpr double INF = __builtin_inf();
+
+INLINE Vec load(const double* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+INLINE void store(double* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+INLINE Vec splat(double x) { return x - Vec{}; }
+INLINE Vec splat(Vec x) { return x; }
+
+INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a : b; }
+INLINE double select(bool m, double a, double b) { return m ? a : b; }
+INLINE Vec select(Mask m, Vec a, double b) { return m ? a : splat(b); }
+INLINE Vec select(Mask m, double a, Vec b) { return m ? splat(a) : b; }
+INLINE Vec select(Mask m, double a, double b) { return m ? splat(a) : splat(b); }
+// Where a is NaN both return b. (One instruction, which compilers do not find behind the comparison.)
+#if defined(__AVX512F__)
+INLINE Vec vmax(Vec a, Vec b) { return (Vec)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b); }
+INLINE Vec vmin(Vec a, Vec b) { return (Vec)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b); }
+#elif defined(__AVX__)
+INLINE Vec vmax(Vec a, Vec b) { return (Vec)_mm256_max_pd((__m256d)a, (__m256d)b); }
+INLINE Vec vmin(Vec a, Vec b) { return (Vec)_mm256_min_pd((__m256d)a, (__m256d)b); }
+#else
+INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+#endif
+INLINE double vmax(double a, double b) { return a > b ? a : b; }
+INLINE double vmin(double a, double b) { return a < b ? a : b; }
+// Unlike vmax, a NaN in either operand stays: errors must not vanish in a maximum.
+INLINE Vec vmax_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+INLINE double vmax_nan(double a, double b) { return a > b || a != a ? a : b; }
+INLINE Vec vabs(Vec a) { return (Vec)((Mask)a & 0x7fffffffffffffffLL); }
+INLINE double vabs(double a) { return std::fabs(a); }
+INLINE double vsqrt(double a) { return std::sqrt(a); }
+INLINE Vec vsqrt(Vec a) {
+    for (int i = 0; i < W; i++) a[i] = std::sqrt(a[i]);
+    return a;
+}
+// All entries of a register by halves: op(op(0, 4), op(2, 6)), op(...) and so on.
+template <class Op> INLINE double reduce(Vec v, Op op) {
+#if DIFFOPT_WIDTH == 8
+    v = op(v, (Vec)__builtin_shuffle(v, Mask{4, 5, 6, 7, 0, 1, 2, 3}));
+    v = op(v, (Vec)__builtin_shuffle(v, Mask{2, 3, 0, 1, 6, 7, 4, 5}));
+    v = op(v, (Vec)__builtin_shuffle(v, Mask{1, 0, 3, 2, 5, 4, 7, 6}));
+#elif DIFFOPT_WIDTH == 4
+    v = op(v, (Vec)__builtin_shuffle(v, Mask{2, 3, 0, 1}));
+    v = op(v, (Vec)__builtin_shuffle(v, Mask{1, 0, 3, 2}));
+#else
+    v = op(v, (Vec)__builtin_shuffle(v, Mask{1, 0}));
+#endif
+    return v[0];
+}
+INLINE bool any(Mask m) {
+    int64_t r = 0;
+    for (int i = 0; i < W; i++) r |= m[i];
+    return r != 0;
+}
+INLINE bool any(bool m) { return m; }
+INLINE Mask none_of(Mask m) { return ~m; }
+INLINE bool none_of(bool m) { return !m; }
+
+// 2 to the power nearest to log2(x), for x > 0: a significand of sqrt(2) or more counts up.
+INLINE Vec power_of_two(Vec x) {
+    constexpr int64_t exponent = 0x7ff0000000000000LL, to_next = 0x10000000000000LL - 0x6a09e667f3bcdLL;
+    Mask bits = ((Mask)x + to_next) & exponent;
+    return select((x > 0.0) & (x < INF), (Vec)bits, 1.0);
+}
+INLINE double power_of_four(double x) {
+    return x > 0 && x < INF ? std::exp2(2 * std::nearbyint(std::log2(x) / 2)) : 1.0;
+}
+
+// How problems lie in registers. Everything is written once for both:
+//
+//   Single: one problem, whose neighbouring entries share a register;
+//   Lanes:  W problems, one in each lane, for those too small to fill a register alone.
+//
+// A "pack" is one register full of a vector; pack q of a vector lies at + q * W in both. E entries of a problem
+// make a pack, and its entries are S numbers apart. `Number` is one quantity of each problem (a step length, say).
+struct Single {
+    static constexpr bool LANES = false;
+    static constexpr int E = W, S = 1;
+    using Number = double;
+    using Flag = bool;
+    static INLINE double get(const double* p, Index i) { return p[i]; }
+    static INLINE void put(double* p, Index i, double x) { p[i] = x; }
+    static INLINE double sum(Vec v) {
+        return reduce(v, [](Vec a, Vec b) { return a + b; });
+    }
+    static INLINE double max(Vec v) {
+        return reduce(v, [](Vec a, Vec b) { return vmax_nan(a, b); });
+    }
+    static INLINE double min(Vec v) {
+        return reduce(v, [](Vec a, Vec b) { return vmin(a, b); });
+    }
+    static INLINE Mask spread(bool b) { return Mask{} - (int64_t)b; }
+    static INLINE bool any_entry(Mask m) { return any(m); }
+    static INLINE bool lane(bool b, int) { return b; }
+    static INLINE double lane(double x, int) { return x; }
+    static INLINE void set_lane(double& x, int, double v) { x = v; }
+};
+
+struct Lanes {
+    static constexpr bool LANES = true;
+    static constexpr int E = 1, S = W;
+    using Number = Vec;
+    using Flag = Mask;
+    static INLINE Vec get(const double* p, Index i) { return load(p + i * W); }
+    static INLINE void put(double* p, Index i, Vec x) { store(p + i * W, x); }
+    static INLINE Vec sum(Vec v) { return v; }
+    static INLINE Vec max(Vec v) { return v; }
+    static INLINE Vec min(Vec v) { return v; }
+    static INLINE Mask spread(Mask b) { return b; }
+    static INLINE Mask any_entry(Mask m) { return m; }
+    static INLINE bool lane(Mask b, int l) { return b[l] != 0; }
+    static INLINE double lane(Vec x, int l) { return x[l]; }
+    static INLINE void set_lane(Vec& x, int l, double v) { x[l] = v; }
+};
+
+template <class P> INLINE Index padded(Index n) { return (n + P::E - 1) / P::E * P::E; }
+
+}  // namespace diffopt
