@@ -7,12 +7,15 @@
 #   make accuracy   print the worst errors of x and of all gradients against an exact reference
 #   make lint       format, lint and types
 #   make coverage   make test, then the lines that the measurement leaves out
+#   make cpu        compile the CPU executor into build/cpu/; the targets that solve anything do this first
+#   make bench      time diffopt beside other solvers, in .venv-bench (10 minutes; BENCH_OPTIONS="--quick": 3)
 #   make docs       build the documentation site into site/
 #   make clean      remove what these targets made, .venv included
 
 PYTHON ?= python3
 JOBS ?= 2
 DEMO_OPTIONS ?=
+BENCH_OPTIONS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +27,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq -
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow mutations accuracy lint format coverage docs clean
+.PHONY: help cpu demo test slow mutations accuracy lint format coverage bench bench-scaling docs clean
 .NOTPARALLEL:
 
 help:
@@ -36,26 +39,51 @@ $(BIN)/python:
 			"Name another one: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp for each extra: .venv/installed-test is newer than what it was installed from.
+# One stamp for each extra: .venv/installed-test is newer than what it was installed from. The CPU executor is left to the
+# rule below, which compiles it once for all extras, and again when a source changes.
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing diffopt with the extra '$*' into $(VENV) (a minute or so) ..."
-	@$(PIP_INSTALL) --editable '.[$*]'
+	@SKBUILD_CMAKE_DEFINE=DIFFOPT_CPU=OFF $(PIP_INSTALL) --editable '.[$*]'
 	@touch $@
 
+# The compiled CPU executor, where diffopt looks for it in a source tree: by CMake if there is one, otherwise by $(CXX) alone.
+# Without a C++ compiler it is left out, which only `make cpu` itself calls an error.
+CPU := diffopt/solvers/cpu
+build/cpu/built: CMakeLists.txt $(wildcard $(CPU)/*)
+	@rm -rf build/cmake
+	@if cmake --version >/dev/null 2>&1; then \
+		echo "Compiling the CPU executor with CMake ..."; \
+		cmake -S . -B build/cmake -G "Unix Makefiles" >/dev/null && \
+		cmake --build build/cmake --parallel $(JOBS) >/dev/null; \
+	elif command -v $(firstword $(CXX)) >/dev/null; then \
+		echo "Compiling the CPU executor with $(CXX) ..."; mkdir -p build/cpu; \
+		all=$$(sed -n 's/^all //p' $(CPU)/variants.txt); \
+		sed '/^#/d; /^all /d' $(CPU)/variants.txt | while read -r name flags; do \
+			library=build/cpu/libdiffopt_cpu_$$name.so; rm -f $$library; \
+			[ -z "$$flags" ] || echo '#include <immintrin.h>' | $(CXX) $$flags -x c++ -fsyntax-only - 2>/dev/null || continue; \
+			$(CXX) $(CXXFLAGS) $$all $$flags -fPIC -shared -pthread $(CPU)/executor.cpp -o $$library $(LDFLAGS) || exit 1; \
+		done && touch $@; \
+	else \
+		echo "No C++ compiler: the compiled CPU executor is left out, torch operations do the work."; \
+	fi
+
+cpu: build/cpu/built
+	@test -f build/cpu/built
+
 # Waiting threads sleep instead of spinning: spinning halves the speed where another process wants the cores.
-demo: $(VENV)/installed-examples
+demo: $(VENV)/installed-examples build/cpu/built
 	OMP_WAIT_POLICY=passive $(BIN)/python examples/sudoku.py --output output $(DEMO_OPTIONS)
 
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test build/cpu/built
 	$(PYTEST) -m "not slow" --cov --cov-report=term
 
-slow: $(VENV)/installed-test
+slow: $(VENV)/installed-test build/cpu/built
 	$(PYTEST) -m slow
 
-mutations: $(VENV)/installed-test
+mutations: $(VENV)/installed-test build/cpu/built
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
-accuracy: $(VENV)/installed-test
+accuracy: $(VENV)/installed-test build/cpu/built
 	OMP_NUM_THREADS=1 $(BIN)/python tests/accuracy.py
 
 coverage: test
@@ -71,8 +99,25 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The peers, in an environment of their own. One that cannot be installed has rows that say so.
+PEERS := qpth moreau proxsuite qpax jax cvxpylayers daqp piqp clarabel scipy gurobipy
+.venv-bench/installed: benchmarks/constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	@echo "Installing other solvers into .venv-bench (two minutes or so) ..."
+	@install() { PIP_CONSTRAINT=benchmarks/constraints.txt \
+		.venv-bench/bin/python -m pip install -qq --disable-pip-version-check "$$@"; }; \
+	install torch==2.13.0 numpy matplotlib && { install $(PEERS) || \
+		for peer in $(PEERS); do install $$peer || echo "$$peer cannot be installed"; done; }
+	@touch $@
+
+bench: .venv-bench/installed build/cpu/built
+	.venv-bench/bin/python -m benchmarks.run $(BENCH_OPTIONS)
+
+bench-scaling: .venv-bench/installed build/cpu/built
+	.venv-bench/bin/python -m benchmarks.scaling $(BENCH_OPTIONS)
+
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site output *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-bench build dist site output *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage

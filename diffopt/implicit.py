@@ -107,6 +107,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
     """
     attached = _needs_graph(form)
     weakly_active, dependent = found.weakly_active, found.dependent
+    # (Which way is taken must not depend on values: one instance's kink would change its neighbours' last bits.)
     if weakly_active is None or dependent is None or (attached and (found.pullback is None or kink_rule != "inactive")):
         return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
     if attached and _forward_mode(form):
@@ -120,8 +121,8 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
     point = values
     if attached:
         # The graph of the outputs will hold this, and must not hold the outputs: the tensors below are put back.
-        hollow = found._replace(point=kkt.Point(*[torch.empty(0)] * 6))
-        task = _Pulled.Task(form.detach(), list(form.tensors()), hollow, others, kink_rule, weak_tolerance)
+        hollow = found._replace(point=_NO_POINT)
+        task = _Pulled.Task(form, list(form.tensors()), hollow, others, kink_rule, weak_tolerance)
         outputs = [values.x, values.s, values.lam, values.nu, values.lam_lower, values.lam_upper]
         x, s, lam, nu, lower, upper = _Pulled.apply(task, outputs, *form.tensors().values())
         point = kkt.Point(x, s, nu, lam, lower, upper)
@@ -144,6 +145,9 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
         executor=found.executor,
         _value=value,
     )
+
+
+_NO_POINT = kkt.Point(*[torch.empty(0)] * 6)
 
 
 class _Pulled(torch.autograd.Function):
@@ -246,6 +250,9 @@ def _failed(status: Tensor) -> Tensor:
 
 
 def _forward_mode(form: Form) -> bool:
+    # Outside any level no tensor has a tangent; asking that costs less than asking every tensor.
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in form.tensors().values())
 
 

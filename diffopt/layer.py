@@ -27,6 +27,7 @@ from diffopt.solution import REMEDIES, Solution, Status
 from diffopt.solvers.settings import Settings
 
 OnFailure = Literal["raise", "return"]
+_DEFAULT = Settings()
 MOST_NAMED = 8
 
 
@@ -177,7 +178,7 @@ def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failu
     if not _transforms_active():
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
         with torch.no_grad():
-            found = solver.solve(form.detach(), settings, keep)
+            found = solver.solve(form, settings, keep)
         solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
         if not found.solved:
             _report(solution, on_failure)
@@ -275,7 +276,7 @@ def _checked_settings(settings: Settings | None) -> Settings:
             f"`settings` is {type(settings).__name__}. Expected diffopt.Settings(...), for example "
             f"diffopt.Settings(tolerance=1e-8)."
         )
-    return Settings() if settings is None else settings
+    return _DEFAULT if settings is None else settings
 
 
 def _checked_policy(on_failure: str) -> OnFailure:

@@ -115,10 +115,11 @@ class Backend(ABC):
         """Solve a batch, recompute the residuals from the original data, and correct the status.
 
         Args:
-            form: detached data; called where no graph is recorded.
+            form: the problem; called where no graph is recorded.
             settings: see `Settings`.
             keep: whether a pullback will be of use.
         """
+        form = form.detach()
         raw = self._solve(form, settings)
         s = -form.inequalities(raw.x) if raw.s is None else raw.s
         s = s + form.cone.violation(s)  # in the cone; what was outside counts as primal residual

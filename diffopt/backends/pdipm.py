@@ -129,7 +129,8 @@ def _certificates(form: QPForm, others: tuple[tuple[int, kkt.Solved], ...]) -> C
 
 def _pullback(executor: Executor, data: Data, answer: Answer) -> kkt.Pullback:
     # Without the outputs themselves: the graph of the outputs will hold this, and must not hold itself.
-    empty = answer._replace(**dict.fromkeys(("x", "s", "lam", "nu", "lam_lower", "lam_upper"), torch.empty(0)))
+    none = answer.x.new_empty(0)
+    empty = answer._replace(x=none, s=none, lam=none, nu=none, lam_lower=none, lam_upper=none)
     present = [tensor is not None for tensor in data.tensors()]
 
     def run(

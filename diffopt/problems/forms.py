@@ -7,6 +7,7 @@ points of forms, ``implicit`` attaches solutions to the tensors of forms.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -113,6 +114,7 @@ class QPForm(Form):
         upper: Tensor | float | None = None,
         cone: Cone | None = None,
     ) -> None:
+        self._tensors: dict[str, Tensor] | None = None
         require_tensor("q", q)
         if q.dim() < 1:
             raise ShapeError("`q` has no dimensions. Expected q of shape (*batch, n), got ().")
@@ -151,6 +153,11 @@ class QPForm(Form):
         return (*self.Q.core_dims(), 1, 2, 1, 2, 1, *vectors)
 
     def tensors(self) -> dict[str, Tensor]:
+        if self._tensors is None:
+            self._tensors = self._named()
+        return self._tensors
+
+    def _named(self) -> dict[str, Tensor]:
         parts = self.Q.tensors()
         names = ("Q",) if len(parts) == 1 else ("Q_diagonal", "Q_factor")
         named = dict(zip(names, parts, strict=True))
@@ -164,7 +171,7 @@ class QPForm(Form):
     def with_tensors(self, tensors: dict[str, Tensor]) -> QPForm:
         # The twin is not checked again: it has the shapes of this form.
         twin = object.__new__(type(self))
-        vars(twin).update(vars(self))
+        vars(twin).update(vars(self), _tensors=None)
         count = len(self.Q.tensors())
         names = list(tensors)
         twin.Q = self.Q.with_tensors(*(tensors[name] for name in names[:count]))
@@ -243,11 +250,16 @@ def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> Symmetric
     return Dense(Q)
 
 
+@lru_cache(maxsize=256)
+def _no_rows(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.zeros(0, n, dtype=dtype, device=device), torch.zeros(0, dtype=dtype, device=device)
+
+
 def _rows(
     name: str, matrix: Tensor | None, side_name: str, side: Tensor | float | None, n: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     if matrix is None and side is None:
-        return like.new_zeros(0, n), like.new_zeros(0)
+        return _no_rows(n, like.dtype, like.device)
     for present, missing, value in ((name, side_name, side), (side_name, name, matrix)):
         if value is None:
             raise ParameterError(f"`{present}` was given without `{missing}`. Expected both or neither.")

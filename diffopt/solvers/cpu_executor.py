@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +37,8 @@ class _Plan(NamedTuple):
     """What a call passes to the library about its data; ``kept`` holds contiguous copies while it runs."""
 
     batch: bytes
-    kept: tuple[Tensor | None, ...]
-    count: int
-    shared: tuple[bool, ...]
+    kept: tuple[Tensor, ...]
+    layout: _Layout
 
 
 class Saved(NamedTuple):
@@ -82,7 +81,7 @@ class CpuExecutor(Executor):
         """See `Executor`."""
         plan = _plan(data)
         batch, q = data.batch, data.q
-        n, p, m = q.shape[-1], data.A.shape[-2], data.G.shape[-2]
+        count, (n, p, m) = plan.layout.count, plan.layout.sizes
         x, s, lam = q.new_empty(*batch, n), q.new_empty(*batch, m), q.new_empty(*batch, m)
         nu, lower, upper = q.new_empty(*batch, p), q.new_empty(*batch, n), q.new_empty(*batch, n)
         status = torch.empty(batch, dtype=torch.int8)
@@ -92,9 +91,9 @@ class CpuExecutor(Executor):
         if keep:
             size = self.handle.diffopt_saved_size(plan.batch, 0)
             once = self.handle.diffopt_saved_size(plan.batch, 1)
-        records = torch.empty(plan.count * size, dtype=torch.float64)
+        records = torch.empty(count * size, dtype=torch.float64)
         shared = torch.empty(once, dtype=torch.float64)
-        at, step = counts.data_ptr(), 8 * plan.count
+        at, step = counts.data_ptr(), 8 * count
         answer = _ANSWER.pack(
             *(v.data_ptr() for v in (x, s, lam, nu, lower, upper, status)), at, at + step, at + 2 * step,
             residuals.data_ptr(), records.data_ptr() if keep else 0, shared.data_ptr() if once else 0, size,
@@ -104,7 +103,7 @@ class CpuExecutor(Executor):
             keep, torch.get_num_threads(), LANES_UP_TO,
         )  # fmt: skip
         unsolved = 0
-        for begin, end in _slices(plan.count, n, p, m):
+        for begin, end in plan.layout.slices:
             unsolved += self._checked(self.handle.diffopt_solve(plan.batch, options, answer, begin, end))
         saved = Saved(records, shared, plan, answer) if keep else None
         return Answer(
@@ -121,7 +120,7 @@ class CpuExecutor(Executor):
         like = answer.x
         n, p, m = like.shape[-1], answer.nu.shape[-1], answer.lam.shape[-1]
         Q_needed, _, A_needed, _, G_needed, _, lower_needed, upper_needed = needed
-        Q_shared, _, _, A_shared, _, G_shared, *_ = plan.shared
+        Q_shared, _, _, A_shared, _, G_shared, *_ = plan.layout.shared
         dq, db, dh = like.new_empty(*batch, n), like.new_empty(*batch, p), like.new_empty(*batch, m)
         dlower = like.new_empty(*batch, n) if lower_needed else None
         dupper = like.new_empty(*batch, n) if upper_needed else None
@@ -130,7 +129,7 @@ class CpuExecutor(Executor):
         dG = like.new_empty(*batch, m, n) if G_needed and not G_shared else None
         packed = _GRADIENTS.pack(*map(_pointer, (*incoming, dQ, dq, dA, db, dG, dh, dlower, dupper)))
         options = _OPTIONS.pack(0, 0, 0, 0, 0, 0, torch.get_num_threads(), 0)
-        for begin, end in _slices(plan.count, n, p, m):
+        for begin, end in plan.layout.slices:
             self._checked(self.handle.diffopt_pullback(plan.batch, options, saved.answer, packed, begin, end))
         if (Q_needed and Q_shared) or (A_needed and A_shared) or (G_needed and G_shared):
             # A shared matrix collects the outer products of all instances: one matrix product.
@@ -162,38 +161,75 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _plan(data: Data) -> _Plan:
+class _Layout(NamedTuple):
+    """What of a plan depends on shapes alone. For each field of the C structure: its tensor's place in
+    ``Data.tensors()`` or -1, whether it has to be expanded to the whole batch, and its stride."""
+
+    count: int
+    sizes: tuple[int, int, int]
+    fields: tuple[tuple[int, bool, int], ...]
+    shared: tuple[bool, ...]
+    slices: tuple[tuple[int, int], ...]
+
+
+_DIMS = (2, 0, 1, 2, 1, 2, 1, 1, 1)
+MOST_LAYOUTS = 1000
+_layouts: dict[tuple[object, ...], _Layout] = {}
+
+
+def _layout(data: Data) -> _Layout:
+    tensors = data.tensors()
+    key = (data.batch, *[None if t is None else t.shape for t in tensors])
+    known = _layouts.get(key)
+    if known is not None:
+        return known
     count = data.batch.numel()
-    Q, *rest = data.tensors()
-    tensors = (Q, None, *rest)
-    kept: list[Tensor | None] = []
-    pointers, strides, shared = [], [], []
-    for tensor, dims in zip(tensors, (2, 2, 1, 2, 1, 2, 1, 1, 1), strict=True):
+    places = (0, -1, *range(1, 8))  # a dense Q has no low-rank factor
+    fields, shared = [], []
+    for place, dims in zip(places, _DIMS, strict=True):
+        tensor = None if place < 0 else tensors[place]
         if tensor is None:
-            kept.append(None)
-            pointers.append(0)
-            strides.append(0)
+            fields.append((-1, False, 0))
             shared.append(True)
             continue
         core = tensor.shape[tensor.dim() - dims :]
         lead = tensor.shape[: tensor.dim() - dims]
         own = lead.numel() != 1 or count == 1
-        if own and lead.numel() != count:
-            tensor = tensor.expand(*data.batch, *core)
+        fields.append((place, own and lead.numel() != count, core.numel() if own else 0))
+        shared.append(not own)
+    n, p, m = data.q.shape[-1], data.A.shape[-2], data.G.shape[-2]
+    if len(_layouts) >= MOST_LAYOUTS:
+        _layouts.clear()
+    known = _layouts[key] = _Layout(count, (n, p, m), tuple(fields), tuple(shared), tuple(_slices(count, n, p, m)))
+    return known
+
+
+def _plan(data: Data) -> _Plan:
+    layout = _layout(data)
+    tensors = data.tensors()
+    kept: list[Tensor] = []
+    pointers, strides = [], []
+    for place, expand, stride in layout.fields:
+        if place < 0:
+            pointers.append(0)  # an absent side; an empty matrix need not have any memory either
+            strides.append(0)
+            continue
+        tensor = tensors[place]
+        assert tensor is not None
+        if expand:
+            tensor = tensor.expand(
+                *data.batch, *tensor.shape[tensor.dim() - _DIMS[place if place == 0 else place + 1] :]
+            )
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         kept.append(tensor)
         pointers.append(tensor.data_ptr())
-        strides.append(core.numel() if own else 0)
-        shared.append(not own)
-    n, p, m = data.q.shape[-1], data.A.shape[-2], data.G.shape[-2]
-    single = data.q.dtype == torch.float32
-    # An absent side has a null pointer; an empty matrix need not have any memory either.
-    packed = _BATCH.pack(count, n, p, m, 0, 0, single, *pointers, *strides)
-    return _Plan(packed, tuple(kept), count, tuple(shared))
+        strides.append(stride)
+    packed = _BATCH.pack(layout.count, *layout.sizes, 0, 0, data.q.dtype == torch.float32, *pointers, *strides)
+    return _Plan(packed, tuple(kept), layout)
 
 
-def _slices(count: int, n: int, p: int, m: int) -> Any:
+def _slices(count: int, n: int, p: int, m: int) -> list[tuple[int, int]]:
     c = m + p + n
     each = n**3 + n * n * c + 4 * c**3 + 1e4
     size = max(64, int(AT_ONCE / each) // 64 * 64)
