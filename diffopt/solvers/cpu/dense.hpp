@@ -9,16 +9,17 @@ namespace diffopt {
 
 // acc[r][c] (-)= sum over k0 <= k < k1 of A(k, i + r) * B(k, pack q + c)
 template <class P, bool MINUS, int R, int C>
-INLINE void tile(Vec (&acc)[R][C], const double* A, Index lda, Index i, const double* B, Index ldb, Index q, Index k0,
+INLINE void tile(typename P::Vec (&acc)[R][C], const double* A, Index lda, Index i, const double* B, Index ldb, Index q, Index k0,
                  Index k1) {
+    using Vec = typename P::Vec;
     const double* a = A + (k0 * lda + i) * P::S;
-    const double* b = B + k0 * ldb * P::S + q * W;
+    const double* b = B + k0 * ldb * P::S + q * P::W;
     for (Index k = k0; k < k1; k++, a += lda * P::S, b += ldb * P::S) {
         Vec row[C];
-        for (int c = 0; c < C; c++) row[c] = load(b + c * W);
+        for (int c = 0; c < C; c++) row[c] = P::load(b + c * P::W);
         for (int r = 0; r < R; r++) {
-            const Vec x = splat(P::get(a, r));
-            for (int c = 0; c < C; c++) acc[r][c] = MINUS ? acc[r][c] - x * row[c] : acc[r][c] + x * row[c];
+            const Vec x = P::splat(P::get(a, r));
+            for (int c = 0; c < C; c++) acc[r][c] = MINUS ? fnma(x, row[c], acc[r][c]) : fma(x, row[c], acc[r][c]);
         }
     }
 }
@@ -54,6 +55,7 @@ template <class F> INLINE void row_blocks_reversed(Index n, const F& f) {
 
 // The R x R upper triangle at (j, j) of U, in registers or scalars.
 template <class P, int R> struct Corner {
+    using Vec = typename P::Vec;
     typename P::Number u[R][R], inverse[R];
     INLINE void read(const double* U, Index ld, Index j, const double* inv) {
         for (int r = 0; r < R; r++) {
@@ -65,8 +67,8 @@ template <class P, int R> struct Corner {
     template <int C> INLINE void solve_transposed(Vec (&v)[R][C]) const {
         for (int r = 0; r < R; r++) {
             for (int t = 0; t < r; t++)
-                for (int c = 0; c < C; c++) v[r][c] -= splat(u[t][r]) * v[t][c];
-            for (int c = 0; c < C; c++) v[r][c] *= splat(inverse[r]);
+                for (int c = 0; c < C; c++) v[r][c] = fnma(P::splat(u[t][r]), v[t][c], v[r][c]);
+            for (int c = 0; c < C; c++) v[r][c] *= P::splat(inverse[r]);
         }
     }
 };
@@ -80,7 +82,8 @@ template <class P> struct Pivots {
 template <class P>
 Pivots<P> cholesky(const double* S, Index lds, const double* extra, double* U, Index ld, Index n, double* inv) {
     using Number = typename P::Number;
-    Pivots<P> pivots{none_of(typename P::Flag{}), splat(0.0)[0] + Number{} + INF, Number{}};
+    using Vec = typename P::Vec;
+    Pivots<P> pivots{none_of(typename P::Flag{}), Number{} + INF, Number{}};
     const Index packs = padded<P>(n) / P::E;
     row_blocks(n, [&](auto rows, Index j) {
         constexpr int R = decltype(rows)::value;
@@ -89,14 +92,14 @@ Pivots<P> cholesky(const double* S, Index lds, const double* extra, double* U, I
         auto accumulate = [&](auto& acc, Index q, auto count) {
             constexpr int C = decltype(count)::value;
             for (int r = 0; r < R; r++)
-                for (int c = 0; c < C; c++) acc[r][c] = load(S + (j + r) * lds * P::S + (q + c) * W);
+                for (int c = 0; c < C; c++) acc[r][c] = P::load(S + (j + r) * lds * P::S + (q + c) * P::W);
             tile<P, true, R, C>(acc, U, ld, j, U, ld, q, 0, j);
         };
         // The packs that hold the corner go to memory first, and the corner is factored from there.
         for (Index q = q0; q < q0 + corner_packs; q++) {
             Vec acc[R][1];
             accumulate(acc, q, Constant<1>{});
-            for (int r = 0; r < R; r++) store(U + (j + r) * ld * P::S + q * W, acc[r][0]);
+            for (int r = 0; r < R; r++) P::store(U + (j + r) * ld * P::S + q * P::W, acc[r][0]);
         }
         for (int r = 0; r < R; r++) {
             for (int t = r; t < R; t++) corner.u[r][t] = P::get(U + (j + r) * ld * P::S, j + t);
@@ -104,7 +107,7 @@ Pivots<P> cholesky(const double* S, Index lds, const double* extra, double* U, I
         }
         for (int r = 0; r < R; r++) {
             for (int t = 0; t < r; t++)
-                for (int k = r; k < R; k++) corner.u[r][k] -= corner.u[t][r] * corner.u[t][k];
+                for (int k = r; k < R; k++) corner.u[r][k] = fnma(corner.u[t][r], corner.u[t][k], corner.u[r][k]);
             const Number pivot = corner.u[r][r];
             const auto good = (pivot > 0.0) & (pivot < INF);
             pivots.positive = pivots.positive & good;
@@ -117,9 +120,9 @@ Pivots<P> cholesky(const double* S, Index lds, const double* extra, double* U, I
         }
         for (Index q = q0; q < q0 + corner_packs; q++) {
             Vec v[R][1];
-            for (int r = 0; r < R; r++) v[r][0] = load(U + (j + r) * ld * P::S + q * W);
+            for (int r = 0; r < R; r++) v[r][0] = P::load(U + (j + r) * ld * P::S + q * P::W);
             corner.template solve_transposed<1>(v);
-            for (int r = 0; r < R; r++) store(U + (j + r) * ld * P::S + q * W, v[r][0]);
+            for (int r = 0; r < R; r++) P::store(U + (j + r) * ld * P::S + q * P::W, v[r][0]);
         }
         for (int r = 0; r < R; r++) {
             for (Index i = q0 * P::E; i < j + r; i++) P::put(U + (j + r) * ld * P::S, i, Number{});
@@ -132,10 +135,10 @@ Pivots<P> cholesky(const double* S, Index lds, const double* extra, double* U, I
             accumulate(acc, q, count);
             corner.template solve_transposed<C>(acc);
             for (int r = 0; r < R; r++)
-                for (int c = 0; c < C; c++) store(U + (j + r) * ld * P::S + (q + c) * W, acc[r][c]);
+                for (int c = 0; c < C; c++) P::store(U + (j + r) * ld * P::S + (q + c) * P::W, acc[r][c]);
         });
         for (Index q = 0; q < q0; q++)
-            for (int r = 0; r < R; r++) store(U + (j + r) * ld * P::S + q * W, Vec{});
+            for (int r = 0; r < R; r++) P::store(U + (j + r) * ld * P::S + q * P::W, Vec{});
     });
     return pivots;
 }
@@ -144,6 +147,7 @@ Pivots<P> cholesky(const double* S, Index lds, const double* extra, double* U, I
 template <class P, class Start>
 void solve_transposed(const double* U, Index ldu, const double* inv, Index n, double* X, Index ldx, Index q0, Index q1,
                       Start start) {
+    using Vec = typename P::Vec;
     row_blocks(n, [&](auto rows, Index j) {
         constexpr int R = decltype(rows)::value;
         Corner<P, R> corner;
@@ -154,11 +158,11 @@ void solve_transposed(const double* U, Index ldu, const double* inv, Index n, do
             if (k0 >= j + R) return;
             Vec acc[R][C];
             for (int r = 0; r < R; r++)
-                for (int c = 0; c < C; c++) acc[r][c] = load(X + (j + r) * ldx * P::S + (q + c) * W);
+                for (int c = 0; c < C; c++) acc[r][c] = P::load(X + (j + r) * ldx * P::S + (q + c) * P::W);
             tile<P, true, R, C>(acc, U, ldu, j, X, ldx, q, k0 < j ? k0 : j, j);
             corner.template solve_transposed<C>(acc);
             for (int r = 0; r < R; r++)
-                for (int c = 0; c < C; c++) store(X + (j + r) * ldx * P::S + (q + c) * W, acc[r][c]);
+                for (int c = 0; c < C; c++) P::store(X + (j + r) * ldx * P::S + (q + c) * P::W, acc[r][c]);
         });
     });
 }
@@ -169,6 +173,7 @@ void solve_transposed(const double* U, Index ldu, const double* inv, Index n, do
 template <class P, bool MINUS, class Start>
 void gram(const double* X, Index ldx, Index rows, Index c, const double* from, Index ldf, double* D, Index ldd,
           Start start) {
+    using Vec = typename P::Vec;
     const Index packs = padded<P>(c) / P::E;
     row_blocks(c, [&](auto count_rows, Index i) {
         constexpr int R = decltype(count_rows)::value;
@@ -177,13 +182,13 @@ void gram(const double* X, Index ldx, Index rows, Index c, const double* from, I
             Vec acc[R][C];
             for (int r = 0; r < R; r++)
                 for (int k = 0; k < C; k++)
-                    acc[r][k] = from ? load(from + (i + r) * ldf * P::S + (q + k) * W) : Vec{};
+                    acc[r][k] = from ? P::load(from + (i + r) * ldf * P::S + (q + k) * P::W) : Vec{};
             tile<P, MINUS, R, C>(acc, X, ldx, i, X, ldx, q, start(q), rows);
             for (int r = 0; r < R; r++)
-                for (int k = 0; k < C; k++) store(D + (i + r) * ldd * P::S + (q + k) * W, acc[r][k]);
+                for (int k = 0; k < C; k++) P::store(D + (i + r) * ldd * P::S + (q + k) * P::W, acc[r][k]);
         });
         for (int r = 0; r < R; r++) {
-            for (Index q = 0; q < i / P::E; q++) store(D + (i + r) * ldd * P::S + q * W, Vec{});
+            for (Index q = 0; q < i / P::E; q++) P::store(D + (i + r) * ldd * P::S + q * P::W, Vec{});
             for (Index k = i / P::E * P::E; k < i + r; k++)
                 P::put(D + (i + r) * ldd * P::S, k, typename P::Number{});
         }
@@ -192,6 +197,7 @@ void gram(const double* X, Index ldx, Index rows, Index c, const double* from, I
 
 // b <- U^-T b, in place.
 template <class P> void solve_transposed(const double* U, Index ld, const double* inv, Index n, double* b) {
+    using Vec = typename P::Vec;
     using Number = typename P::Number;
     const Index packs = padded<P>(n) / P::E;
     row_blocks(n, [&](auto rows, Index j) {
@@ -201,14 +207,14 @@ template <class P> void solve_transposed(const double* U, Index ld, const double
         corner.read(U, ld, j, inv);
         for (int r = 0; r < R; r++) {
             y[r] = P::get(b, j + r);
-            for (int t = 0; t < r; t++) y[r] -= corner.u[t][r] * y[t];
+            for (int t = 0; t < r; t++) y[r] = fnma(corner.u[t][r], y[t], y[r]);
             y[r] *= corner.inverse[r];
         }
         const double* row = U + j * ld * P::S;
         for (Index q = j / P::E; q < packs; q++) {
-            Vec v = load(b + q * W);
-            for (int r = 0; r < R; r++) v -= splat(y[r]) * load(row + r * ld * P::S + q * W);
-            store(b + q * W, v);
+            Vec v = P::load(b + q * P::W);
+            for (int r = 0; r < R; r++) v = fnma(P::splat(y[r]), P::load(row + r * ld * P::S + q * P::W), v);
+            P::store(b + q * P::W, v);
         }
         for (int r = 0; r < R; r++) P::put(b, j + r, y[r]);  // U is zero left of its diagonal: no others were touched
     });
@@ -216,6 +222,7 @@ template <class P> void solve_transposed(const double* U, Index ld, const double
 
 // b <- U^-1 b, in place.
 template <class P> void solve(const double* U, Index ld, const double* inv, Index n, double* b) {
+    using Vec = typename P::Vec;
     using Number = typename P::Number;
     const Index packs = padded<P>(n) / P::E;
     row_blocks_reversed(n, [&](auto rows, Index j) {
@@ -230,12 +237,12 @@ template <class P> void solve(const double* U, Index ld, const double* inv, Inde
         Vec acc[R] = {};
         const double* row = U + j * ld * P::S;
         for (Index q = j / P::E; q < packs; q++) {
-            const Vec v = load(b + q * W);
-            for (int r = 0; r < R; r++) acc[r] += v * load(row + r * ld * P::S + q * W);
+            const Vec v = P::load(b + q * P::W);
+            for (int r = 0; r < R; r++) acc[r] = fma(v, P::load(row + r * ld * P::S + q * P::W), acc[r]);
         }
         for (int r = R - 1; r >= 0; r--) {
             y[r] -= P::sum(acc[r]);
-            for (int t = r + 1; t < R; t++) y[r] -= corner.u[r][t] * y[t];
+            for (int t = r + 1; t < R; t++) y[r] = fnma(corner.u[r][t], y[t], y[r]);
             y[r] *= corner.inverse[r];
         }
         for (int r = 0; r < R; r++) P::put(b, j + r, y[r]);
@@ -251,15 +258,16 @@ template <class P> void solve_both(const double* U, Index ld, const double* inv,
 // out (packs [q0, q1) of it) += sign * X' y over `rows` rows.
 template <class P>
 void add_transposed(const double* X, Index ld, Index rows, const double* y, double sign, double* out, Index q0, Index q1) {
+    using Vec = typename P::Vec;
     row_blocks(rows, [&](auto count, Index k) {
         constexpr int R = decltype(count)::value;
         Vec f[R];
-        for (int r = 0; r < R; r++) f[r] = splat(P::get(y, k + r)) * sign;
+        for (int r = 0; r < R; r++) f[r] = P::splat(P::get(y, k + r)) * sign;
         const double* row = X + k * ld * P::S;
         for (Index q = q0; q < q1; q++) {
-            Vec v = load(out + q * W);
-            for (int r = 0; r < R; r++) v += f[r] * load(row + r * ld * P::S + q * W);
-            store(out + q * W, v);
+            Vec v = P::load(out + q * P::W);
+            for (int r = 0; r < R; r++) v = fma(f[r], P::load(row + r * ld * P::S + q * P::W), v);
+            P::store(out + q * P::W, v);
         }
     });
 }
@@ -267,13 +275,14 @@ void add_transposed(const double* X, Index ld, Index rows, const double* y, doub
 // out += sign * X y over packs [q0, q1) of y and of X's rows; out has `rows` entries.
 template <class P>
 void add_product(const double* X, Index ld, Index rows, const double* y, double sign, double* out, Index q0, Index q1) {
+    using Vec = typename P::Vec;
     row_blocks(rows, [&](auto count, Index k) {
         constexpr int R = decltype(count)::value;
         Vec acc[R] = {};
         const double* row = X + k * ld * P::S;
         for (Index q = q0; q < q1; q++) {
-            const Vec v = load(y + q * W);
-            for (int r = 0; r < R; r++) acc[r] += v * load(row + r * ld * P::S + q * W);
+            const Vec v = P::load(y + q * P::W);
+            for (int r = 0; r < R; r++) acc[r] = fma(v, P::load(row + r * ld * P::S + q * P::W), acc[r]);
         }
         for (int r = 0; r < R; r++) P::put(out, k + r, P::get(out, k + r) + sign * P::sum(acc[r]));
     });
@@ -281,6 +290,7 @@ void add_product(const double* X, Index ld, Index rows, const double* y, double 
 
 // out += sign * D y for a symmetric D of which the upper triangle is stored, zeros below it.
 template <class P> void add_symmetric(const double* D, Index ld, Index n, const double* y, double sign, double* out) {
+    using Vec = typename P::Vec;
     const Index packs = padded<P>(n) / P::E;
     row_blocks(n, [&](auto count, Index k) {
         constexpr int R = decltype(count)::value;
@@ -289,17 +299,17 @@ template <class P> void add_symmetric(const double* D, Index ld, Index n, const 
         const double* row = D + k * ld * P::S;
         for (int r = 0; r < R; r++) {
             mine[r] = P::get(y, k + r) * sign;
-            f[r] = splat(mine[r]);
+            f[r] = P::splat(mine[r]);
         }
         for (Index q = k / P::E; q < packs; q++) {
-            const Vec v = load(y + q * W);
-            Vec o = load(out + q * W);
+            const Vec v = P::load(y + q * P::W);
+            Vec o = P::load(out + q * P::W);
             for (int r = 0; r < R; r++) {
-                const Vec d = load(row + r * ld * P::S + q * W);
-                acc[r] += v * d;
-                o += f[r] * d;
+                const Vec d = P::load(row + r * ld * P::S + q * P::W);
+                acc[r] = fma(v, d, acc[r]);
+                o = fma(f[r], d, o);
             }
-            store(out + q * W, o);
+            P::store(out + q * P::W, o);
         }
         for (int r = 0; r < R; r++)  // the diagonal was met twice
             P::put(out, k + r, P::get(out, k + r) + sign * P::sum(acc[r]) - P::get(row + r * ld * P::S, k + r) * mine[r]);

@@ -18,6 +18,8 @@ constexpr double OFF = 1e30;      // 1/w of a direction without rows: it does no
 
 template <class P> class Dual {
   public:
+    using Vec = typename P::Vec;
+    using Mask = typename P::Mask;
     using Number = typename P::Number;
     using Flag = typename P::Flag;
 
@@ -46,7 +48,7 @@ template <class P> class Dual {
         for (double** v : {&b_, &nu0_}) *v = arena.take(k.pp * S);
         for (double** v : {&h0_, &y_, &target_, &joint_, &Cx_, &active_}) *v = arena.take(k.joint * S);
         for (double** v : {&u0_, &u_, &f_, &df_, &inverse_w_, &g_, &extra_}) *v = arena.take(k.directions * S);
-        for (double** v : {&s_, &z_, &side_, &on_, &above_, &r_, &ratio_, &ds_, &dz_}) *v = arena.take(rows_ * S);
+        for (double** v : {&s_, &z_, &side_, &on_, &above_, &r_, &ratio_, &weight_, &inverse_s_, &inverse_z_, &ds_, &dz_}) *v = arena.take(rows_ * S);
         K_ = arena.take(k.directions * k.directions * S);
         inv_k_ = arena.take(k.directions * S);
         const Index most = P::LANES ? k.joint : padded<P>(k.n);
@@ -85,7 +87,7 @@ template <class P> class Dual {
     double *b_, *nu0_;
     double *h0_, *y_, *target_, *joint_, *Cx_, *active_;
     double *u0_, *u_, *f_, *df_, *inverse_w_, *g_, *extra_;
-    double *s_, *z_, *side_, *on_, *above_, *r_, *ratio_, *ds_, *dz_;
+    double *s_, *z_, *side_, *on_, *above_, *r_, *ratio_, *weight_, *inverse_s_, *inverse_z_, *ds_, *dz_;
     double *K_, *inv_k_, *B_, *M_, *inv_m_, *compact_;
     Index ldb_ = 0, held_ = 0;  // row length of B and M; Single: how many rows are held
     std::vector<Index> list_;   // Single: joint indices of the held rows
@@ -94,10 +96,10 @@ template <class P> class Dual {
         for (int i = 0; i < count_; i++) {
             const Section c = sections_[i];
             const Index row = c.row * P::S, direction = c.direction * P::S;
-            for (Index q = 0; q < c.packs; q++) f(row + q * W, direction + q * W, c.sign);
+            for (Index q = 0; q < c.packs; q++) f(row + q * P::W, direction + q * P::W, c.sign);
         }
     }
-    INLINE Mask on(Index at) const { return (Mask)load(on_ + at); }
+    INLINE Mask on(Index at) const { return P::load_mask(on_ + at); }
 
     // ---- data ------------------------------------------------------------------------------------------------
 
@@ -117,46 +119,38 @@ template <class P> class Dual {
         }
         Vec bad{};  // stays zero only if nothing is infinite or NaN
         for (Index v = 0; v < k.packs(k.np); v++) {
-            const Vec x = load(q_ + v * W);
+            const Vec x = P::load(q_ + v * P::W);
             bad += x * 0.0;
-            store(q_ + v * W, x * load(m_->d + v * W) * splat(m_->cost));
+            P::store(q_ + v * P::W, x * P::load(m_->d + v * P::W) * P::splat(m_->cost));
         }
         for (Index v = 0; v < k.packs(k.pp); v++) {
-            const Vec x = load(b_ + v * W);
+            const Vec x = P::load(b_ + v * P::W);
             bad += x * 0.0;
-            store(b_ + v * W, x * load(m_->eq + v * W));
+            P::store(b_ + v * P::W, x * P::load(m_->eq + v * P::W));
         }
         sound_ = m_->sound & (P::sum(bad) == 0.0);
         // An infinite side is no row, unless it is infinite the wrong way; lower >= upper is for another method.
         Mask wrong{};
         if (two_sided_)
             for (Index v = 0; v < k.packs(k.bp); v++)
-                wrong |= ~(load(side_ + lower_ * P::S + v * W) < load(side_ + upper_ * P::S + v * W)) &
-                         inside(v * P::E, k.n);
+                wrong |= P::inside(v * P::E, k.n) & none_of(P::load(side_ + lower_ * P::S + v * P::W) <
+                                                            P::load(side_ + upper_ * P::S + v * P::W));
         Vec many{};
         each_row([&](Index at, Index direction, double sign) {
             const bool bound = direction >= k.mp * P::S;
             const Index entry = (direction - (bound ? k.mp * P::S : 0)) / P::S;
-            const Vec unit = bound ? load(m_->d + entry * P::S) : 1.0 / load(m_->rows + entry * P::S);
-            const Vec side = load(side_ + at) * sign;
-            const Mask real = inside(entry, bound ? k.n : k.m);
+            const Vec unit = bound ? P::load(m_->d + entry * P::S) : 1.0 / P::load(m_->rows + entry * P::S);
+            const Vec side = P::load(side_ + at) * sign;
+            const Mask real = P::inside(entry, bound ? k.n : k.m);
             const Mask here = real & (side < INF);
-            wrong |= real & ~(side > -INF);  // NaN too
-            store(on_ + at, (Vec)here);
-            store(side_ + at, select(here, side / unit, 0.0));
-            store(above_ + at, Vec{});
-            many += select(here, splat(1.0), 0.0);
+            wrong |= real & none_of(side > -INF);  // NaN too
+            P::store_mask(on_ + at, here);
+            P::store(side_ + at, select(here, side / unit, 0.0));
+            P::store_mask(above_ + at, Mask{});
+            many += select(here, P::splat(1.0), 0.0);
         });
         sound_ = sound_ & none_of(P::any_entry(wrong));
         total_ = P::sum(many);
-    }
-
-    // Entries of the pack that starts at `entry` which are below `size`: the others are padding.
-    static INLINE Mask inside(Index entry, Index size) {
-        if (P::LANES) return Mask{} - static_cast<int64_t>(entry < size);
-        Mask m{};
-        for (int i = 0; i < W; i++) m[i] = entry + i < size ? -1 : 0;
-        return m;
     }
 
     // ---- the iteration ---------------------------------------------------------------------------------------
@@ -166,33 +160,33 @@ template <class P> class Dual {
         std::memcpy(t_, q_, bytes(k.np));
         solve_transposed<P>(m_->U, k.np, m_->inv, k.n, t_);
         Vec acc{};
-        for (Index q = 0; q < qn; q++) acc += load(t_ + q * W) * load(t_ + q * W);
+        for (Index q = 0; q < qn; q++) acc += P::load(t_ + q * P::W) * P::load(t_ + q * P::W);
         objective_ = P::sum(acc);
         clear(h0_, k.joint);
         add_transposed<P>(m_->V, k.joint, k.n, t_, 1, h0_, 0, qj);
         const double* h0_c = h0_ + k.pp * P::S;
-        for (Index q = 0; q < qd; q++) store(u0_ + q * W, -load(h0_c + q * W));
+        for (Index q = 0; q < qd; q++) P::store(u0_ + q * P::W, -P::load(h0_c + q * P::W));
         if (k.p) {
-            for (Index q = 0; q < k.packs(k.pp); q++) store(nu0_ + q * W, load(b_ + q * W) + load(h0_ + q * W));
+            for (Index q = 0; q < k.packs(k.pp); q++) P::store(nu0_ + q * P::W, P::load(b_ + q * P::W) + P::load(h0_ + q * P::W));
             solve_transposed<P>(m_->E, k.pp, m_->inv_e, k.p, nu0_);
             add_transposed<P>(m_->H, k.directions, k.p, nu0_, 1, u0_, 0, qd);
         }
         // The minimiser of the objective plus 1/2 |C x - side|^2 / weight over all rows, weight 1 unless far away.
         for (Index q = 0; q < qd; q++) {
-            store(inverse_w_ + q * W, Vec{});
-            store(g_ + q * W, Vec{});
+            P::store(inverse_w_ + q * P::W, Vec{});
+            P::store(g_ + q * P::W, Vec{});
         }
         each_row([&](Index at, Index direction, double sign) {
-            const Vec side = load(side_ + at), weight = far_weight(side), share = select(on(at), 1.0 / weight, 0.0);
-            store(ratio_ + at, weight);
-            store(inverse_w_ + direction, load(inverse_w_ + direction) + share);
-            store(g_ + direction, load(g_ + direction) + sign * side * share);
+            const Vec side = P::load(side_ + at), weight = far_weight(side), share = select(on(at), 1.0 / weight, 0.0);
+            P::store(ratio_ + at, weight);
+            P::store(inverse_w_ + direction, P::load(inverse_w_ + direction) + share);
+            P::store(g_ + direction, P::load(g_ + direction) + sign * side * share);
         });
         for (Index q = 0; q < qd; q++) {
-            const Vec w = load(inverse_w_ + q * W), inverse = select(w > 0.0, 1.0 / w, splat(OFF));
-            store(inverse_w_ + q * W, inverse);
-            store(extra_ + q * W, inverse + SHIFT);
-            store(f_ + q * W, select(w > 0.0, load(u0_ + q * W) - load(g_ + q * W) * inverse, 0.0));
+            const Vec w = P::load(inverse_w_ + q * P::W), inverse = select(w > 0.0, 1.0 / w, P::splat(OFF));
+            P::store(inverse_w_ + q * P::W, inverse);
+            P::store(extra_ + q * P::W, inverse + SHIFT);
+            P::store(f_ + q * P::W, select(w > 0.0, P::load(u0_ + q * P::W) - P::load(g_ + q * P::W) * inverse, 0.0));
         }
         if (k.directions) {
             auto pivots = cholesky<P>(m_->R, k.directions, extra_, K_, k.directions, k.directions, inv_k_);
@@ -200,15 +194,15 @@ template <class P> class Dual {
             solve_both<P>(K_, k.directions, inv_k_, k.directions, f_);
         }
         measure();
-        Vec low_s = splat(INF), low_z = splat(INF), high_s{}, high_z{};
+        Vec low_s = P::splat(INF), low_z = P::splat(INF), high_s{}, high_z{};
         each_row([&](Index at, Index direction, double sign) {
-            const Vec side = load(side_ + at), v = sign * load(u_ + direction);
-            const Vec s = side - v, z = (v - side) / load(ratio_ + at);
+            const Vec side = P::load(side_ + at), v = sign * P::load(u_ + direction);
+            const Vec s = side - v, z = (v - side) / P::load(ratio_ + at);
             const Mask here = on(at);
-            store(s_ + at, s);
-            store(z_ + at, z);
-            low_s = vmin(low_s, select(here, s, splat(INF)));
-            low_z = vmin(low_z, select(here, z, splat(INF)));
+            P::store(s_ + at, s);
+            P::store(z_ + at, z);
+            low_s = vmin(low_s, select(here, s, P::splat(INF)));
+            low_z = vmin(low_z, select(here, z, P::splat(INF)));
             high_s = vmax(high_s, select(here, vabs(s), 0.0));
             high_z = vmax(high_z, select(here, vabs(z), 0.0));
         });
@@ -216,9 +210,9 @@ template <class P> class Dual {
         const Number shift_z = interior_shift<Number>(P::min(low_z), P::max(high_z));
         each_row([&](Index at, Index, double) {
             const Mask here = on(at);
-            const Vec s = select(here, load(s_ + at) + splat(shift_s), 1.0);
-            store(s_ + at, s);
-            store(z_ + at, select(here, far_multiplier(s, load(z_ + at) + splat(shift_z)), 0.0));
+            const Vec s = select(here, P::load(s_ + at) + P::splat(shift_s), 1.0);
+            P::store(s_ + at, s);
+            P::store(z_ + at, select(here, far_multiplier(s, P::load(z_ + at) + P::splat(shift_z)), 0.0));
         });
     }
 
@@ -232,7 +226,7 @@ template <class P> class Dual {
     void collect_forces() {
         clear(f_, k.directions);
         each_row([&](Index at, Index direction, double sign) {
-            store(f_ + direction, load(f_ + direction) + sign * load(z_ + at));
+            P::store(f_ + direction, P::load(f_ + direction) + sign * P::load(z_ + at));
         });
     }
 
@@ -247,17 +241,17 @@ template <class P> class Dual {
             Mask changed{};
             each_row([&](Index at, Index direction, double sign) {
                 const Mask here = on(at);
-                const Vec s = load(s_ + at), z = load(z_ + at), side = load(side_ + at);
-                const Vec v = select(here, sign * load(u_ + direction), 0.0);
-                store(r_ + at, select(here, v + s - side, 0.0));
+                const Vec s = P::load(s_ + at), z = P::load(z_ + at), side = P::load(side_ + at);
+                const Vec v = select(here, sign * P::load(u_ + direction), 0.0);
+                P::store(r_ + at, select(here, v + s - side, 0.0));
                 mu_sum += select(here, s * z, 0.0);
                 violation = vmax_nan(v - side, violation);
                 size = vmax(vmax(vabs(v), vabs(side)), size);
                 gap_sum += z * (side - v);
                 side_sum += z * side;
                 const Mask above = here & (z > s);
-                changed |= above ^ (Mask)load(above_ + at);
-                store(above_ + at, (Vec)above);
+                changed |= above ^ P::load_mask(above_ + at);
+                P::store_mask(above_ + at, above);
             });
             const Number mu = P::sum(mu_sum) / vmax(total_, Number{} + 1.0);
             const Number primal = P::max(violation) / (1.0 + P::max(size));
@@ -282,8 +276,8 @@ template <class P> class Dual {
             const Number alpha_affine = longest_step();
             Vec affine_sum{};
             each_row([&](Index at, Index, double) {
-                const Vec a = splat(alpha_affine);
-                const Vec s = load(s_ + at) + a * load(ds_ + at), z = load(z_ + at) + a * load(dz_ + at);
+                const Vec a = P::splat(alpha_affine);
+                const Vec s = P::load(s_ + at) + a * P::load(ds_ + at), z = P::load(z_ + at) + a * P::load(dz_ + at);
                 affine_sum += select(on(at), s * z, 0.0);
             });
             const Number mu_affine = P::sum(affine_sum) / vmax(total_, Number{} + 1.0);
@@ -300,9 +294,9 @@ template <class P> class Dual {
             Number alpha = vmin(eta * longest, Number{} + 1.0);
             alpha = select(running & (alpha >= 0.0), alpha, Number{});
             each_row([&](Index at, Index, double) {
-                const Vec a = splat(alpha);
-                store(s_ + at, load(s_ + at) + a * load(ds_ + at));
-                store(z_ + at, load(z_ + at) + a * load(dz_ + at));
+                const Vec a = P::splat(alpha);
+                P::store(s_ + at, P::load(s_ + at) + a * P::load(ds_ + at));
+                P::store(z_ + at, P::load(z_ + at) + a * P::load(dz_ + at));
             });
             stalled = select(alpha < 1e-4, stalled + 1.0, Number{});
             last_mu = mu;
@@ -314,17 +308,21 @@ template <class P> class Dual {
     }
 
     void factor_step(Flag& running) {
-        for (Index q = 0; q < k.packs(k.directions); q++) store(inverse_w_ + q * W, Vec{});
+        for (Index q = 0; q < k.packs(k.directions); q++) P::store(inverse_w_ + q * P::W, Vec{});
         each_row([&](Index at, Index direction, double) {
-            const Vec e = row_ratio(load(s_ + at), load(z_ + at));
-            const Mask here = on(at);
-            store(ratio_ + at, e);
-            store(inverse_w_ + direction, load(inverse_w_ + direction) + select(here, 1.0 / e, 0.0));
+            // (Divisions are slow: each of these serves several times.)
+            const Vec s = P::load(s_ + at), z = P::load(z_ + at), inverse_s = 1.0 / s, inverse_z = 1.0 / z;
+            const Vec weight = select(on(at), z * inverse_s, 0.0);
+            P::store(inverse_s_ + at, inverse_s);
+            P::store(inverse_z_ + at, inverse_z);
+            P::store(ratio_ + at, s * inverse_z);
+            P::store(weight_ + at, weight);
+            P::store(inverse_w_ + direction, P::load(inverse_w_ + direction) + weight);
         });
         for (Index q = 0; q < k.packs(k.directions); q++) {
-            const Vec w = load(inverse_w_ + q * W), inverse = select(w > 0.0, 1.0 / w, splat(OFF));
-            store(inverse_w_ + q * W, inverse);
-            store(extra_ + q * W, inverse + SHIFT);
+            const Vec w = P::load(inverse_w_ + q * P::W), inverse = select(w > 0.0, 1.0 / w, P::splat(OFF));
+            P::store(inverse_w_ + q * P::W, inverse);
+            P::store(extra_ + q * P::W, inverse + SHIFT);
         }
         const auto pivots = cholesky<P>(m_->R, k.directions, extra_, K_, k.directions, k.directions, inv_k_);
         running = running & pivots.positive;
@@ -335,32 +333,33 @@ template <class P> class Dual {
         const Index qd = k.packs(k.directions);
         clear(g_, k.directions);
         each_row([&](Index at, Index direction, double sign) {
-            const Vec s = load(s_ + at), z = load(z_ + at);
-            Vec tau = splat(target);
-            if (second) tau -= load(ds_ + at) * load(dz_ + at);
-            const Vec side = s - load(r_ + at) - tau / z;
-            store(ds_ + at, tau);
-            store(dz_ + at, side);
-            store(g_ + direction, load(g_ + direction) + select(on(at), sign * side / load(ratio_ + at), 0.0));
+            const Vec s = P::load(s_ + at);
+            Vec tau = P::splat(target);
+            if (second) tau -= P::load(ds_ + at) * P::load(dz_ + at);
+            tau *= P::load(inverse_z_ + at);
+            const Vec side = s - P::load(r_ + at) - tau;
+            P::store(ds_ + at, tau);
+            P::store(dz_ + at, side);
+            P::store(g_ + direction, P::load(g_ + direction) + select(on(at), sign * side * P::load(weight_ + at), 0.0));
         });
         for (Index q = 0; q < qd; q++) {
-            const Vec g = load(g_ + q * W) * load(inverse_w_ + q * W);
-            store(g_ + q * W, g);
-            store(df_ + q * W, -g);
+            const Vec g = P::load(g_ + q * P::W) * P::load(inverse_w_ + q * P::W);
+            P::store(g_ + q * P::W, g);
+            P::store(df_ + q * P::W, -g);
         }
         solve_both<P>(K_, k.directions, inv_k_, k.directions, df_);
         if (two_sided_) split_two_sided();
         each_row([&](Index at, Index direction, double sign) {
             const Mask here = on(at);
-            const Vec s = load(s_ + at), z = load(z_ + at), e = load(ratio_ + at), tau = load(ds_ + at);
+            const Vec s = P::load(s_ + at), z = P::load(z_ + at), e = P::load(ratio_ + at), tau = P::load(ds_ + at);
             const bool split = two_sided_ && direction >= k.mp * P::S;
-            const Vec df = load(df_ + direction);
-            const Vec dz = split ? load(dz_ + at) : sign * df;
-            const Vec du = df * load(inverse_w_ + direction) + load(g_ + direction);
+            const Vec df = P::load(df_ + direction);
+            const Vec dz = split ? P::load(dz_ + at) : sign * df;
+            const Vec du = df * P::load(inverse_w_ + direction) + P::load(g_ + direction);
             // Where s is small its change is taken from complementarity, elsewhere from feasibility.
-            const Vec ds = select(s < z, tau / z - s - e * dz, -load(r_ + at) - sign * du);
-            store(ds_ + at, select(here, ds, 0.0));
-            store(dz_ + at, select(here, dz, 0.0));
+            const Vec ds = select(s < z, tau - s - e * dz, -P::load(r_ + at) - sign * du);
+            P::store(ds_ + at, select(here, ds, 0.0));
+            P::store(dz_ + at, select(here, dz, 0.0));
         });
     }
 
@@ -368,25 +367,26 @@ template <class P> class Dual {
     // the force, which the system knows accurately. On entry dz_ holds the sides of the rows.
     void split_two_sided() {
         for (Index q = 0; q < k.packs(k.bp); q++) {
-            const Index l = lower_ * P::S + q * W, u = upper_ * P::S + q * W, direction = k.mp * P::S + q * W;
+            const Index l = lower_ * P::S + q * P::W, u = upper_ * P::S + q * P::W, direction = k.mp * P::S + q * P::W;
             const Mask on_l = on(l), on_u = on(u);
-            const Vec e_l = load(ratio_ + l), e_u = load(ratio_ + u), df = load(df_ + direction);
-            const Vec du = df * load(inverse_w_ + direction) + load(g_ + direction);
-            const Vec direct_l = select(on_l, (-du - load(dz_ + l)) / e_l, 0.0);
-            const Vec direct_u = select(on_u, (du - load(dz_ + u)) / e_u, 0.0);
-            const Mask light_l = on_u & (~on_l | (e_l >= e_u));
-            store(dz_ + l, select(light_l, direct_l, direct_u - df));
-            store(dz_ + u, select(light_l, df + direct_l, direct_u));
+            const Vec w_l = P::load(weight_ + l), w_u = P::load(weight_ + u), df = P::load(df_ + direction);
+            const Vec du = df * P::load(inverse_w_ + direction) + P::load(g_ + direction);
+            const Vec direct_l = select(on_l, (-du - P::load(dz_ + l)) * w_l, 0.0);
+            const Vec direct_u = select(on_u, (du - P::load(dz_ + u)) * w_u, 0.0);
+            const Mask light_l = on_u & (none_of(on_l) | (w_l <= w_u));
+            P::store(dz_ + l, select(light_l, direct_l, direct_u - df));
+            P::store(dz_ + u, select(light_l, df + direct_l, direct_u));
         }
     }
 
     Number longest_step() const {
-        Vec alpha = splat(1.0);
+        Vec blocked = P::splat(1.0);  // the inverse of the step
         each_row([&](Index at, Index, double) {
-            alpha = vmin(reach(load(s_ + at), load(ds_ + at)), alpha);
-            alpha = vmin(reach(load(z_ + at), load(dz_ + at)), alpha);
+            const Mask here = on(at);
+            const Vec s = -P::load(ds_ + at) * P::load(inverse_s_ + at), z = -P::load(dz_ + at) * P::load(inverse_z_ + at);
+            blocked = vmax(select(here, vmax(s, z), 0.0), blocked);
         });
-        return P::min(alpha);
+        return 1.0 / P::max(blocked);
     }
 
     Flag polish(Flag due, Flag at_end, int64_t step, const Answer& answer);

@@ -2,7 +2,7 @@
 //
 // Every instance is solved on its own and by the same instructions wherever it stands in a batch, so its answer has the
 // same bits in any batch. Small problems lie in the lanes of registers; a group that is not full is filled up with
-// copies of its last problem.
+// copies of its last problem, and where only a few are left they are solved alone, by the instructions of a lane.
 #include <limits>
 
 #include "dual.hpp"
@@ -87,6 +87,7 @@ double operations(const Batch& b) {
     const double n = static_cast<double>(b.n), c = static_cast<double>(b.m + b.bounds()), p = static_cast<double>(b.p);
     return n * n * n / 3 + n * n * (c + p) + n * (c + p) * (c + p) + 8 * (c * c * c / 3 + 8 * c * c + 60 * c) + 2000;
 }
+constexpr Index ALONE_UP_TO = 3;
 constexpr double WORTH_WAKING = 1e6, CHUNK = 2e5;
 
 template <class P> int64_t solve_batch(const Batch& batch, const Options& options, const Answer& answer, Index begin, Index end) {
@@ -156,8 +157,14 @@ DIFFOPT_API int64_t diffopt_solve(const Batch* batch, const Options* options, co
         clear_answer(*batch, *answer, begin, end);
         if (!takes(*batch, *options)) return end - begin;
         const bool small = batch->n + batch->p <= options->lanes_up_to && batch->m + batch->bounds() <= options->lanes_up_to;
-        return small ? solve_batch<Lanes>(*batch, *options, *answer, begin, end)
-                     : solve_batch<Single>(*batch, *options, *answer, begin, end);
+        if (!small) return solve_batch<Single>(*batch, *options, *answer, begin, end);
+        // Filling all lanes for one or two problems takes longer than solving these on their own; same bits.
+        const Index rest = (end - begin) % Lanes::W, alone = rest <= ALONE_UP_TO ? end - rest : end;
+        int64_t missing = 0;
+        if (alone > begin) missing = solve_batch<Lanes>(*batch, *options, *answer, begin, alone);
+        if (missing < 0 || alone == end) return missing;
+        const int64_t more = solve_batch<Alone>(*batch, *options, *answer, alone, end);
+        return more < 0 ? more : missing + more;
     } catch (...) {
         return -1;
     }

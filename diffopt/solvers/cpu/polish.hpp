@@ -12,10 +12,10 @@ template <class P> typename P::Flag Dual<P>::hold(bool keep_rows) {
         (void)keep_rows;
         ldb_ = held_ = k.joint;
         for (Index i = 0; i < k.joint; i++) {
-            const Vec mine = load(active_ + i * W);
+            const Vec mine = P::load(active_ + i * P::W);
             for (Index j = i; j < k.joint; j++) {
-                const Vec v = load(m_->D + (i * k.joint + j) * W) * mine * load(active_ + j * W);
-                store(M_ + (i * ldb_ + j) * W, i == j ? v + (1.0 - mine) : v);
+                const Vec v = P::load(m_->D + (i * k.joint + j) * P::W) * mine * P::load(active_ + j * P::W);
+                P::store(M_ + (i * ldb_ + j) * P::W, i == j ? v + (1.0 - mine) : v);
             }
         }
     } else {
@@ -44,7 +44,7 @@ template <class P> typename P::Flag Dual<P>::hold(bool keep_rows) {
 // right (joint) <- the solution y of M y = right over the held rows, zero elsewhere; compact_ holds it too.
 template <class P> void Dual<P>::solve_held(double* right) {
     if constexpr (P::LANES) {
-        for (Index i = 0; i < k.joint; i++) store(right + i * W, load(right + i * W) * load(active_ + i * W));
+        for (Index i = 0; i < k.joint; i++) P::store(right + i * P::W, P::load(right + i * P::W) * P::load(active_ + i * P::W));
         solve_both<P>(M_, ldb_, inv_m_, held_, right);
         std::memcpy(compact_, right, bytes(k.joint));
     } else {
@@ -68,8 +68,8 @@ template <class P> void Dual<P>::residual_of_point() {
     if (k.m) add_product<P>(m_->C, ldc, k.n, y_, 1, push_, qp, qc);
     add_transposed<P>(m_->C, ldc, k.n, x_, 1, Cx_, 0, qc);
     for (Index q = 0; q < k.packs(k.bp); q++) {
-        store(push_ + q * W, load(push_ + q * W) + load(y_ + ldc * P::S + q * W));
-        store(Cx_ + ldc * P::S + q * W, load(x_ + q * W));
+        P::store(push_ + q * P::W, P::load(push_ + q * P::W) + P::load(y_ + ldc * P::S + q * P::W));
+        P::store(Cx_ + ldc * P::S + q * P::W, P::load(x_ + q * P::W));
     }
 }
 
@@ -86,38 +86,38 @@ typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answ
     Vec widest{};
     each_row([&](Index at, Index direction, double sign) {
         // A variable is held once, at its lower bound if both seem active.
-        const Mask above = (Mask)load(above_ + at) & (load(active_ + offset + direction) == 0.0);
-        const Vec side = load(side_ + at);
-        store(active_ + offset + direction, select(above, 1.0, load(active_ + offset + direction)));
-        store(target_ + offset + direction, select(above, sign * side, load(target_ + offset + direction)));
+        const Mask above = P::load_mask(above_ + at) & (P::load(active_ + offset + direction) == 0.0);
+        const Vec side = P::load(side_ + at);
+        P::store(active_ + offset + direction, select(above, 1.0, P::load(active_ + offset + direction)));
+        P::store(target_ + offset + direction, select(above, sign * side, P::load(target_ + offset + direction)));
         // (Only where it is asked for: a neighbour's polish must leave no trace.)
-        store(above_ + at, select(P::spread(due), (Vec)above, load(above_ + at)));
+        P::store_mask(above_ + at, (P::spread(due) & above) | (none_of(P::spread(due)) & P::load_mask(above_ + at)));
         widest = vmax(vabs(side), widest);
     });
     Flag good = due & hold(true);
     if (!any(good)) return good;
 
-    for (Index q = 0; q < qj; q++) store(y_ + q * W, -(load(target_ + q * W) + load(h0_ + q * W)));
+    for (Index q = 0; q < qj; q++) P::store(y_ + q * P::W, -(P::load(target_ + q * P::W) + P::load(h0_ + q * P::W)));
     solve_held(y_);
     const double* B = P::LANES ? m_->V : B_;
     const Index ldb = ldb_, qb = k.packs(ldb_);
     std::memcpy(x_, t_, bytes(k.np));
     add_product<P>(B, ldb, k.n, compact_, 1, x_, 0, qb);
     solve<P>(m_->U, k.np, m_->inv, k.n, x_);
-    for (Index q = 0; q < qn; q++) store(x_ + q * W, -load(x_ + q * W));
+    for (Index q = 0; q < qn; q++) P::store(x_ + q * P::W, -P::load(x_ + q * P::W));
     residual_of_point();
 
     const Number slack_error = SIGN * (1.0 + P::max(widest));
-    double errors[3][W] = {};
+    double errors[3][P::S] = {};
     Flag accepted{};
     for (int round = 0; round < 2; round++) {
         // Q dx + B'dy = r_x, B dx = r_B
         for (Index q = 0; q < qn; q++) {
-            const Vec slope = load(Qx_ + q * W) + load(q_ + q * W) + load(pull_ + q * W) + load(push_ + q * W);
-            store(work_ + q * W, -slope);
+            const Vec slope = P::load(Qx_ + q * P::W) + P::load(q_ + q * P::W) + P::load(pull_ + q * P::W) + P::load(push_ + q * P::W);
+            P::store(work_ + q * P::W, -slope);
         }
         solve_transposed<P>(m_->U, k.np, m_->inv, k.n, work_);
-        for (Index q = 0; q < qj; q++) store(joint_ + q * W, load(Cx_ + q * W) - load(target_ + q * W));
+        for (Index q = 0; q < qj; q++) P::store(joint_ + q * P::W, P::load(Cx_ + q * P::W) - P::load(target_ + q * P::W));
         if constexpr (P::LANES) {
             add_transposed<P>(m_->V, k.joint, k.n, work_, 1, joint_, 0, qj);
         } else {
@@ -129,24 +129,24 @@ typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answ
         add_product<P>(B, ldb, k.n, compact_, -1, work_, 0, qb);
         solve<P>(m_->U, k.np, m_->inv, k.n, work_);
         // What was accepted in the first round stays as it is, whatever its neighbours still need.
-        const Mask open = ~P::spread(accepted);
-        for (Index q = 0; q < qn; q++) store(x_ + q * W, load(x_ + q * W) + select(open, load(work_ + q * W), 0.0));
-        for (Index q = 0; q < qj; q++) store(y_ + q * W, load(y_ + q * W) + select(open, load(joint_ + q * W), 0.0));
+        const Mask open = none_of(P::spread(accepted));
+        for (Index q = 0; q < qn; q++) P::store(x_ + q * P::W, P::load(x_ + q * P::W) + select(open, P::load(work_ + q * P::W), 0.0));
+        for (Index q = 0; q < qj; q++) P::store(y_ + q * P::W, P::load(y_ + q * P::W) + select(open, P::load(joint_ + q * P::W), 0.0));
         // Variables at a bound stand on it, to the last bit.
         for (Index q = 0; q < k.packs(k.bp); q++) {
-            const Index at = offset + k.mp * P::S + q * W;
-            store(x_ + q * W, select(load(active_ + at) != 0.0, load(target_ + at), load(x_ + q * W)));
+            const Index at = offset + k.mp * P::S + q * P::W;
+            P::store(x_ + q * P::W, select(P::load(active_ + at) != 0.0, P::load(target_ + at), P::load(x_ + q * P::W)));
         }
 
         // Multipliers: at least zero, up to rounding.
-        Vec lowest = splat(INF), highest{};
+        Vec lowest = P::splat(INF), highest{};
         each_row([&](Index at, Index direction, double sign) {
-            const Mask above = (Mask)load(above_ + at);
+            const Mask above = P::load_mask(above_ + at);
             double* entry = y_ + offset + direction;
-            const Vec z = sign * load(entry);
-            lowest = vmin(select(above, z, splat(INF)), lowest);
+            const Vec z = sign * P::load(entry);
+            lowest = vmin(select(above, z, P::splat(INF)), lowest);
             highest = vmax(select(above, vabs(z), 0.0), highest);
-            store(entry, select(above & (z < 0.0), 0.0, load(entry)));
+            P::store(entry, select(above & (z < 0.0), 0.0, P::load(entry)));
         });
         good = good & (P::min(lowest) >= -SIGN * (1.0 + P::max(highest)));
         if (!any(good)) return Flag{};
@@ -155,13 +155,13 @@ typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answ
         // The residuals of diffopt.solution.Residuals, in the original units and in the equilibrated ones.
         Vec slope_max[2] = {}, slope_size[2] = {}, primal_max[2] = {}, primal_size[2] = {};
         Vec curved{}, linear{}, equal{}, sided{}, outside{};
-        const Vec cost = splat(m_->cost);
+        const Vec cost = P::splat(m_->cost);
         for (Index q = 0; q < qn; q++) {
-            const Vec Qx = load(Qx_ + q * W), linear_q = load(q_ + q * W), pull = load(pull_ + q * W),
-                      push = load(push_ + q * W), x = load(x_ + q * W);
+            const Vec Qx = P::load(Qx_ + q * P::W), linear_q = P::load(q_ + q * P::W), pull = P::load(pull_ + q * P::W),
+                      push = P::load(push_ + q * P::W), x = P::load(x_ + q * P::W);
             const Vec error = vabs(Qx + linear_q + pull + push);
             const Vec most = vmax(vmax(vabs(Qx), vabs(linear_q)), vmax(vabs(pull), vabs(push)));
-            const Vec unit = 1.0 / (cost * load(m_->d + q * W));
+            const Vec unit = 1.0 / (cost * P::load(m_->d + q * P::W));
             slope_max[0] = vmax_nan(error * unit, slope_max[0]);
             slope_size[0] = vmax(most * unit, slope_size[0]);
             slope_max[1] = vmax_nan(error, slope_max[1]);
@@ -170,26 +170,26 @@ typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answ
             linear += linear_q * x;
         }
         for (Index q = 0; q < qp; q++) {
-            const Vec Ax = load(Cx_ + q * W), b = load(b_ + q * W), unit = 1.0 / load(m_->eq + q * W);
+            const Vec Ax = P::load(Cx_ + q * P::W), b = P::load(b_ + q * P::W), unit = 1.0 / P::load(m_->eq + q * P::W);
             const Vec error = vabs(Ax - b), most = vmax(vabs(Ax), vabs(b));
             primal_max[0] = vmax_nan(error * unit, primal_max[0]);
             primal_size[0] = vmax(most * unit, primal_size[0]);
             primal_max[1] = vmax_nan(error, primal_max[1]);
             primal_size[1] = vmax(most, primal_size[1]);
-            equal += b * load(y_ + q * W);
+            equal += b * P::load(y_ + q * P::W);
         }
         each_row([&](Index at, Index direction, double sign) {
-            const Mask here = on(at), above = (Mask)load(above_ + at);
-            const Vec v = select(here, sign * load(Cx_ + offset + direction), 0.0), side = load(side_ + at);
+            const Mask here = on(at), above = P::load_mask(above_ + at);
+            const Vec v = select(here, sign * P::load(Cx_ + offset + direction), 0.0), side = P::load(side_ + at);
             const bool bound = direction >= k.mp * P::S;
-            const Vec unit = bound ? load(m_->d + direction - k.mp * P::S) : 1.0 / load(m_->rows + direction);
-            const Vec error = vmax_nan(v - side, splat(0.0)), most = vmax(vabs(v), vabs(side));
+            const Vec unit = bound ? P::load(m_->d + direction - k.mp * P::S) : 1.0 / P::load(m_->rows + direction);
+            const Vec error = vmax_nan(v - side, P::splat(0.0)), most = vmax(vabs(v), vabs(side));
             primal_max[0] = vmax_nan(error * unit, primal_max[0]);
             primal_size[0] = vmax(most * unit, primal_size[0]);
             primal_max[1] = vmax_nan(error, primal_max[1]);
             primal_size[1] = vmax(most, primal_size[1]);
             outside = vmax_nan(select(above, 0.0, v - side), outside);
-            sided += select(above, side * sign * load(y_ + offset + direction), 0.0);
+            sided += select(above, side * sign * P::load(y_ + offset + direction), 0.0);
         });
         const Number terms[4] = {P::sum(curved), P::sum(linear), P::sum(equal), P::sum(sided)};
         Number total = terms[0] + terms[1] + terms[2] + terms[3], largest{};
@@ -216,18 +216,18 @@ typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answ
     if (!any(accepted)) return accepted;
 
     // Weakly active rows hold with equality and have no multiplier; a derivative leaves them out.
-    Index weak[W] = {};
+    Index weak[P::S] = {};
     bool dropped = false;
     each_row([&](Index at, Index direction, double sign) {
-        const Mask here = on(at), above = (Mask)load(above_ + at);
-        const Vec slack = load(side_ + at) - sign * load(Cx_ + offset + direction);
-        const Vec z = select(above, sign * load(y_ + offset + direction), 0.0);
+        const Mask here = on(at), above = P::load_mask(above_ + at);
+        const Vec slack = P::load(side_ + at) - sign * P::load(Cx_ + offset + direction);
+        const Vec z = select(above, sign * P::load(y_ + offset + direction), 0.0);
         const Mask is_weak = here & (above | (slack <= options_.weak_tolerance)) & (z <= options_.weak_tolerance);
-        for (int i = 0; i < W; i++) weak[P::LANES ? i : 0] += is_weak[i] ? 1 : 0;
+        for (int lane = 0; lane < P::S; lane++) weak[lane] += P::count(is_weak, lane);
         const Mask drop = above & is_weak & P::spread(accepted);
         if (any(drop)) {
             dropped = true;
-            store(active_ + offset + direction, select(drop, 0.0, load(active_ + offset + direction)));
+            P::store(active_ + offset + direction, select(drop, 0.0, P::load(active_ + offset + direction)));
         }
     });
     for (int lane = 0; lane < P::S; lane++)

@@ -23,6 +23,8 @@ constexpr double SAFE_CONDITION = 1e8, DEPENDENT = 1e-7;
 constexpr int EQUILIBRATION_PASSES = 6;
 
 template <class P> struct Setup {
+    using Vec = typename P::Vec;
+    using Mask = typename P::Mask;
     using Number = typename P::Number;
     using Flag = typename P::Flag;
     Shape<P> k;
@@ -102,65 +104,65 @@ template <class P> struct Setup {
         for (Index q = 0; q < qn; q++) {
             Vec v{};
             for (Index r = 0; r < k.n; r++) {
-                const Vec x = load(Q + r * k.np * P::S + q * W);
+                const Vec x = P::load(Q + r * k.np * P::S + q * P::W);
                 v = vmax(vabs(x), v);
                 finite += x * 0.0;
             }
-            store(hessian + q * W, v);
-            store(d + q * W, splat(1.0));
+            P::store(hessian + q * P::W, v);
+            P::store(d + q * P::W, P::splat(1.0));
         }
-        for (Index q = 0; q < qc; q++) store(scale + q * W, splat(1.0));
+        for (Index q = 0; q < qc; q++) P::store(scale + q * P::W, P::splat(1.0));
         for (int pass = 0; pass < EQUILIBRATION_PASSES; pass++) {
-            for (Index q = 0; q < qc; q++) store(largest + q * W, Vec{});
+            for (Index q = 0; q < qc; q++) P::store(largest + q * P::W, Vec{});
             for (Index j = 0; j < k.n; j++) {
-                const Vec dj = splat(P::get(d, j));
+                const Vec dj = P::splat(P::get(d, j));
                 Vec most{};
                 for (Index q = 0; q < qc; q++) {
-                    const Vec x = load(C + j * ldc * P::S + q * W);
+                    const Vec x = P::load(C + j * ldc * P::S + q * P::W);
                     if (pass == 0) finite += x * 0.0;
-                    const Vec v = vabs(x) * dj * load(scale + q * W);
-                    store(largest + q * W, vmax(v, load(largest + q * W)));
+                    const Vec v = vabs(x) * dj * P::load(scale + q * P::W);
+                    P::store(largest + q * P::W, vmax(v, P::load(largest + q * P::W)));
                     most = vmax(v, most);
                 }
                 P::put(column, j, P::max(most));
             }
             for (Index q = 0; q < qc; q++)
-                store(scale + q * W, load(scale + q * W) * inverse_root(load(largest + q * W)));
+                P::store(scale + q * P::W, P::load(scale + q * P::W) * inverse_root(P::load(largest + q * P::W)));
             for (Index q = 0; q < qn; q++) {
-                const Vec dq = load(d + q * W), own = dq * load(hessian + q * W) * dq;
-                store(d + q * W, dq * inverse_root(vmax(own, load(column + q * W))));
+                const Vec dq = P::load(d + q * P::W), own = dq * P::load(hessian + q * P::W) * dq;
+                P::store(d + q * P::W, dq * inverse_root(vmax(own, P::load(column + q * P::W))));
             }
         }
-        for (Index q = 0; q < qn; q++) store(d + q * W, power_of_two(load(d + q * W)));
-        for (Index q = 0; q < qp; q++) store(eq + q * W, power_of_two(load(scale + q * W)));
-        for (Index q = 0; q < k.packs(k.mp); q++) store(rows + q * W, power_of_two(load(scale + (qp + q) * W)));
+        for (Index q = 0; q < qn; q++) P::store(d + q * P::W, power_of_two(P::load(d + q * P::W)));
+        for (Index q = 0; q < qp; q++) P::store(eq + q * P::W, power_of_two(P::load(scale + q * P::W)));
+        for (Index q = 0; q < k.packs(k.mp); q++) P::store(rows + q * P::W, power_of_two(P::load(scale + (qp + q) * P::W)));
 
         Vec most{};
         for (Index r = 0; r < k.n; r++) {
-            const Vec dr = splat(P::get(d, r));
+            const Vec dr = P::splat(P::get(d, r));
             for (Index q = 0; q < qn; q++) {
-                double* entry = Q + r * k.np * P::S + q * W;
-                const Vec v = load(entry) * dr * load(d + q * W);
-                store(entry, v);
+                double* entry = Q + r * k.np * P::S + q * P::W;
+                const Vec v = P::load(entry) * dr * P::load(d + q * P::W);
+                P::store(entry, v);
                 most = vmax(vabs(v), most);
             }
             for (Index q = 0; q < qc; q++) {
-                double* entry = C + r * ldc * P::S + q * W;
-                store(entry, load(entry) * dr * load(q < qp ? eq + q * W : rows + (q - qp) * W));
+                double* entry = C + r * ldc * P::S + q * P::W;
+                P::store(entry, P::load(entry) * dr * P::load(q < qp ? eq + q * P::W : rows + (q - qp) * P::W));
             }
         }
         cost = P::max(most);
         for (int l = 0; l < P::S; l++) P::set_lane(cost, l, power_of_four(1 / P::lane(cost, l)));
         for (Index r = 0; r < k.n; r++)
             for (Index q = 0; q < qn; q++) {
-                double* entry = Q + r * k.np * P::S + q * W;
-                store(entry, load(entry) * splat(cost));
+                double* entry = Q + r * k.np * P::S + q * P::W;
+                P::store(entry, P::load(entry) * P::splat(cost));
             }
         sound = P::sum(finite) == 0.0;
     }
 
     static INLINE Vec inverse_root(Vec norm) {
-        return select((norm > 0.0) & (norm < INF), 1.0 / vsqrt(norm), splat(1.0));  // a zero row has no size to correct
+        return select((norm > 0.0) & (norm < INF), 1.0 / vsqrt(norm), P::splat(1.0));  // a zero row has no size to correct
     }
 
     void factor() {

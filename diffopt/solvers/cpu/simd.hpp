@@ -18,6 +18,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -31,16 +33,34 @@ typedef int64_t Mask __attribute__((vector_size(8 * DIFFOPT_WIDTH)));  // all bi
 using Index = std::ptrdiff_t;
 constexpr double INF = __builtin_inf();
 
-INLINE Vec load(const double* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
-INLINE void store(double* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-INLINE Vec splat(double x) { return x - Vec{}; }
-INLINE Vec splat(Vec x) { return x; }
+// a * b + c, rounded once where the machine can. Written out, and never left to the compiler (-ffp-contract=off): the
+// same problem must give the same bits in a register's lane and on its own.
+#if defined(__AVX512F__)
+INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+INLINE Vec fnma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif defined(__FMA__)
+INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+INLINE Vec fnma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+INLINE Vec fnma(Vec a, Vec b, Vec c) { return (Vec)vfmsq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+#else
+INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+INLINE Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
+#endif
+#if defined(__FMA__) || (defined(__ARM_NEON) && defined(__aarch64__))
+INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+INLINE double fnma(double a, double b, double c) { return __builtin_fma(-a, b, c); }
+#else
+INLINE double fma(double a, double b, double c) { return a * b + c; }
+INLINE double fnma(double a, double b, double c) { return c - a * b; }
+#endif
 
 INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a : b; }
 INLINE double select(bool m, double a, double b) { return m ? a : b; }
-INLINE Vec select(Mask m, Vec a, double b) { return m ? a : splat(b); }
-INLINE Vec select(Mask m, double a, Vec b) { return m ? splat(a) : b; }
-INLINE Vec select(Mask m, double a, double b) { return m ? splat(a) : splat(b); }
+INLINE Vec select(Mask m, Vec a, double b) { return m ? a : Vec{} + b; }
+INLINE Vec select(Mask m, double a, Vec b) { return m ? Vec{} + a : b; }
+INLINE Vec select(Mask m, double a, double b) { return m ? Vec{} + a : Vec{} + b; }
 // Where a is NaN both return b. (One instruction, which compilers do not find behind the comparison.)
 #if defined(__AVX512F__)
 INLINE Vec vmax(Vec a, Vec b) { return (Vec)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b); }
@@ -60,10 +80,16 @@ INLINE double vmax_nan(double a, double b) { return a > b || a != a ? a : b; }
 INLINE Vec vabs(Vec a) { return (Vec)((Mask)a & 0x7fffffffffffffffLL); }
 INLINE double vabs(double a) { return std::fabs(a); }
 INLINE double vsqrt(double a) { return std::sqrt(a); }
+#if defined(__AVX512F__)
+INLINE Vec vsqrt(Vec a) { return (Vec)_mm512_maskz_sqrt_pd(0xff, (__m512d)a); }
+#elif defined(__AVX__)
+INLINE Vec vsqrt(Vec a) { return (Vec)_mm256_sqrt_pd((__m256d)a); }
+#else
 INLINE Vec vsqrt(Vec a) {
     for (int i = 0; i < W; i++) a[i] = std::sqrt(a[i]);
     return a;
 }
+#endif
 // All entries of a register by halves: op(op(0, 4), op(2, 6)), op(...) and so on.
 template <class Op> INLINE double reduce(Vec v, Op op) {
 #if DIFFOPT_WIDTH == 8
@@ -93,18 +119,40 @@ INLINE Vec power_of_two(Vec x) {
     Mask bits = ((Mask)x + to_next) & exponent;
     return select((x > 0.0) & (x < INF), (Vec)bits, 1.0);
 }
+INLINE double power_of_two(double x) {
+    constexpr int64_t exponent = 0x7ff0000000000000LL, to_next = 0x10000000000000LL - 0x6a09e667f3bcdLL;
+    int64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits = (bits + to_next) & exponent;
+    double y;
+    std::memcpy(&y, &bits, sizeof y);
+    return x > 0 && x < INF ? y : 1.0;
+}
 INLINE double power_of_four(double x) {
     return x > 0 && x < INF ? std::exp2(2 * std::nearbyint(std::log2(x) / 2)) : 1.0;
 }
 
-// How problems lie in registers. Everything is written once for both:
+// How problems lie in registers. Everything is written once for all three:
 //
 //   Single: one problem, whose neighbouring entries share a register;
-//   Lanes:  W problems, one in each lane, for those too small to fill a register alone.
+//   Lanes:  W problems, one in each lane, for those too small to fill a register alone;
+//   Alone:  one problem by the instructions of a lane, where there are too few to fill the lanes. Same bits as there.
 //
-// A "pack" is one register full of a vector; pack q of a vector lies at + q * W in both. E entries of a problem
-// make a pack, and its entries are S numbers apart. `Number` is one quantity of each problem (a step length, say).
-struct Single {
+// A "pack" is one register full of a vector; pack q of a vector lies at + q * P::W. E entries of a problem make a pack,
+// and its entries are S numbers apart. `Number` is one quantity of each problem (a step length, say), `Flag` a truth.
+struct Wide {
+    static constexpr int W = DIFFOPT_WIDTH;
+    using Vec = diffopt::Vec;
+    using Mask = diffopt::Mask;
+    static INLINE Vec load(const double* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+    static INLINE void store(double* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+    static INLINE Mask load_mask(const double* p) { Mask v; std::memcpy(&v, p, sizeof v); return v; }
+    static INLINE void store_mask(double* p, Mask v) { std::memcpy(p, &v, sizeof v); }
+    static INLINE Vec splat(double x) { return Vec{} + x; }
+    static INLINE Vec splat(Vec x) { return x; }
+};
+
+struct Single : Wide {
     static constexpr bool LANES = false;
     static constexpr int E = W, S = 1;
     using Number = double;
@@ -125,9 +173,20 @@ struct Single {
     static INLINE bool lane(bool b, int) { return b; }
     static INLINE double lane(double x, int) { return x; }
     static INLINE void set_lane(double& x, int, double v) { x = v; }
+    static INLINE int count(Mask m, int) {
+        int r = 0;
+        for (int i = 0; i < W; i++) r += m[i] != 0;
+        return r;
+    }
+    // Entries of the pack that starts at `entry` which are below `size`: the others are padding.
+    static INLINE Mask inside(Index entry, Index size) {
+        Mask m{};
+        for (int i = 0; i < W; i++) m[i] = entry + i < size ? -1 : 0;
+        return m;
+    }
 };
 
-struct Lanes {
+struct Lanes : Wide {
     static constexpr bool LANES = true;
     static constexpr int E = 1, S = W;
     using Number = Vec;
@@ -142,6 +201,34 @@ struct Lanes {
     static INLINE bool lane(Mask b, int l) { return b[l] != 0; }
     static INLINE double lane(Vec x, int l) { return x[l]; }
     static INLINE void set_lane(Vec& x, int l, double v) { x[l] = v; }
+    static INLINE int count(Mask m, int l) { return m[l] != 0; }
+    static INLINE Mask inside(Index entry, Index size) { return Mask{} - static_cast<int64_t>(entry < size); }
+};
+
+struct Alone {
+    static constexpr bool LANES = true;
+    static constexpr int W = 1, E = 1, S = 1;
+    using Vec = double;
+    using Mask = bool;
+    using Number = double;
+    using Flag = bool;
+    static INLINE double load(const double* p) { return *p; }
+    static INLINE void store(double* p, double v) { *p = v; }
+    static INLINE bool load_mask(const double* p) { int64_t v; std::memcpy(&v, p, sizeof v); return v != 0; }
+    static INLINE void store_mask(double* p, bool m) { const int64_t v = -(int64_t)m; std::memcpy(p, &v, sizeof v); }
+    static INLINE double splat(double x) { return x; }
+    static INLINE double get(const double* p, Index i) { return p[i]; }
+    static INLINE void put(double* p, Index i, double x) { p[i] = x; }
+    static INLINE double sum(double v) { return v; }
+    static INLINE double max(double v) { return v; }
+    static INLINE double min(double v) { return v; }
+    static INLINE bool spread(bool b) { return b; }
+    static INLINE bool any_entry(bool m) { return m; }
+    static INLINE bool lane(bool b, int) { return b; }
+    static INLINE double lane(double x, int) { return x; }
+    static INLINE void set_lane(double& x, int, double v) { x = v; }
+    static INLINE int count(bool m, int) { return m; }
+    static INLINE bool inside(Index entry, Index size) { return entry < size; }
 };
 
 template <class P> INLINE Index padded(Index n) { return (n + P::E - 1) / P::E * P::E; }
