@@ -25,7 +25,7 @@ from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
 from diffopt.linalg.scaling import Scaling
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import Solution, Status
+from diffopt.solution import Report, Solution, Status
 
 NONLINEAR_STEPS = 2
 """Newton steps by which a nonlinear problem is attached: derivatives are exact up to order 3."""
@@ -37,8 +37,7 @@ class Prepared(NamedTuple):
     found: kkt.Solved
     safe: kkt.Point
     system: _KKT
-    weakly_active: Tensor
-    dependent: Tensor
+    counts: Tensor
 
 
 @torch.no_grad()
@@ -56,7 +55,10 @@ def prepare(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
     active = kkt.activity(form, safe, scaling, weak_tolerance)
     weakly_active = torch.where(failed, 0, active.weak_count())
     system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
-    return Prepared(found, safe, system, weakly_active, torch.where(failed, -1, system.dependent()))
+    iterations = found.iterations if found.counts is None else found.counts[0]
+    assert iterations is not None
+    counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
+    return Prepared(found, safe, system, counts)
 
 
 def attach(form: Form, prepared: Prepared) -> Solution:
@@ -81,10 +83,7 @@ def attach(form: Form, prepared: Prepared) -> Solution:
     return Solution(
         *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
         status=found.status,
-        residuals=found.residuals,
-        iterations=found.iterations,
-        weakly_active=prepared.weakly_active,
-        dependent=prepared.dependent,
+        report=Report(found.residuals, prepared.counts),
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
@@ -106,9 +105,9 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
     Differentiable in: see `attach`.
     """
     attached = _needs_graph(form)
-    weakly_active, dependent = found.weakly_active, found.dependent
+    counts = found.counts
     # (Which way is taken must not depend on values: one instance's kink would change its neighbours' last bits.)
-    if weakly_active is None or dependent is None or (attached and (found.pullback is None or kink_rule != "inactive")):
+    if counts is None or (attached and (found.pullback is None or kink_rule != "inactive")):
         return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
     if attached and _forward_mode(form):
         return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
@@ -116,13 +115,13 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
     for index, one in found.others:
         assert isinstance(form, QPForm)
         others.append((index, prepare(form.instance(index).detach(), one, kink_rule, weak_tolerance)))
-        weakly_active.view(-1)[index], dependent.view(-1)[index] = others[-1][1].weakly_active, others[-1][1].dependent
+        counts.view(3, -1)[1:, index] = others[-1][1].counts[1:]
     values = found.point
     point = values
     if attached:
         # The graph of the outputs will hold this, and must not hold the outputs: the tensors below are put back.
         hollow = found._replace(point=_NO_POINT)
-        task = _Pulled.Task(form, list(form.tensors()), hollow, others, kink_rule, weak_tolerance)
+        task = _Pulled.Task(form, hollow, others, kink_rule, weak_tolerance)
         outputs = [values.x, values.s, values.lam, values.nu, values.lam_lower, values.lam_upper]
         x, s, lam, nu, lower, upper = _Pulled.apply(task, outputs, *form.tensors().values())
         point = kkt.Point(x, s, nu, lam, lower, upper)
@@ -136,10 +135,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
     return Solution(
         *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
         status=found.status,
-        residuals=found.residuals,
-        iterations=found.iterations,
-        weakly_active=weakly_active,
-        dependent=dependent,
+        report=Report(found.residuals, counts),
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
@@ -158,11 +154,10 @@ class _Pulled(torch.autograd.Function):
     """
 
     class Task(NamedTuple):
-        """What the reverse pass needs beside tensors: the form (for its structure), the names of its tensors, the
-        solution without its point, the instances that stand on their own, and how kinks are read."""
+        """What the reverse pass needs beside tensors: the form, the solution without its point, the instances
+        that stand on their own, and how kinks are read."""
 
         form: Form
-        names: list[str]
         found: kkt.Solved
         others: list[tuple[int, Prepared]]
         kink_rule: str
@@ -171,31 +166,39 @@ class _Pulled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, task: Task, outputs: list[Tensor], *data: Tensor) -> tuple[Tensor, ...]:
         ctx.task = task
-        ctx.save_for_backward(*outputs, *data)
+        # (Saving costs time: what needs no gradient stays in the form.)
+        ctx.save_for_backward(*outputs, *(v for v in data if v.requires_grad))
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         task: _Pulled.Task = ctx.task
-        point, data = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        point, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            found = _differentiated(task, point, data, needed, grads)
+            form = _with_saved(task.form, saved)
+            found = _differentiated(task, form, point, needed, grads)
         else:
             assert task.found.pullback is not None
             found = task.found.pullback.run(point, grads, needed)
-            for index, prepared in task.others:
-                _add_other(task, index, prepared, data, grads, found)
+            if task.others:
+                form = _with_saved(task.form, saved)
+                for index, prepared in task.others:
+                    _add_other(form, index, prepared, grads, found)
         return (None, None, *found)
 
 
+def _with_saved(form: Form, saved: tuple[Tensor, ...]) -> Form:
+    """Return the form with the tensors that need a gradient as autograd saved them."""
+    rest = iter(saved)
+    return form.with_tensors({k: next(rest) if v.requires_grad else v for k, v in form.tensors().items()})
+
+
 def _add_other(
-    task: _Pulled.Task, index: int, prepared: Prepared, data: tuple[Tensor, ...], grads: tuple[Tensor | None, ...],
-    found: tuple[Tensor | None, ...],
-) -> None:  # fmt: skip
+    whole: Form, index: int, prepared: Prepared, grads: tuple[Tensor | None, ...], found: tuple[Tensor | None, ...]
+) -> None:
     """Add the gradients of an instance that was solved on its own to those of the batch."""
-    whole = task.form.with_tensors(dict(zip(task.names, data, strict=True)))
     assert isinstance(whole, QPForm)
     form = whole.instance(index)
     with torch.enable_grad():
@@ -210,7 +213,8 @@ def _add_other(
         own = torch.autograd.grad(
             [v for v, _ in used], list(form.tensors().values()), [g for _, g in used], materialize_grads=True
         )
-    for target, gradient, tensor, dims in zip(found, own, data, whole.core_dims(), strict=True):
+    tensors = whole.tensors().values()
+    for target, gradient, tensor, dims in zip(found, own, tensors, whole.core_dims(), strict=True):
         if target is None:
             continue
         if tensor.dim() == dims:
@@ -225,11 +229,11 @@ def _add_other(
 
 
 def _differentiated(
-    task: _Pulled.Task, point: tuple[Tensor, ...], data: tuple[Tensor, ...], needed: tuple[bool, ...],
+    task: _Pulled.Task, form: Form, point: tuple[Tensor, ...], needed: tuple[bool, ...],
     grads: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """Return the reverse pass with a graph of its own."""
-    form = task.form.with_tensors(dict(zip(task.names, data, strict=True)))
+    data = tuple(form.tensors().values())
     x, s, lam, nu, lower, upper = (v.detach() for v in point)
     found = task.found._replace(point=kkt.Point(x, s, nu, lam, lower, upper))
     again = attach(form, prepare(form.detach(), found, task.kink_rule, task.weak_tolerance))

@@ -207,23 +207,22 @@ class Pullback(NamedTuple):
 
 class Solved(NamedTuple):
     """A solved batch: detached values of the fields of `diffopt.Solution`. Backends make it, ``implicit``
-    attaches it. Where the solver has them: ``system``, the factored KKT system of the final active set;
-    ``pullback``; and the counts ``weakly_active`` and ``dependent`` of the solution (both or none).
-    ``others``: instances, by their place in the flattened batch, that were solved each on its own, after the
-    solver had left them; their values are in place, their counts and derivatives are not. ``solved``: whether every
-    instance is SOLVED, where that is known without looking."""
+    attaches it. ``residuals`` ``(3, *batch)``: primal, dual, gap. Where the solver has them: ``system``, the factored
+    KKT system of the final active set; ``pullback``; and ``counts`` ``(3, *batch)`` as in `Report`, of which
+    ``iterations`` is the first. ``others``: instances, by their place in the flattened batch, that were solved each
+    on its own, after the solver had left them; their values are in place, their counts and derivatives are not.
+    ``solved``: whether every instance is SOLVED, where that is known without looking."""
 
     point: Point
     status: Tensor
-    residuals: Residuals
-    iterations: Tensor
+    residuals: Tensor
     certificate: Certificate | None
     backend: str
     executor: str
+    iterations: Tensor | None = None
+    counts: Tensor | None = None
     system: System | None = None
     pullback: Pullback | None = None
-    weakly_active: Tensor | None = None
-    dependent: Tensor | None = None
     others: tuple[tuple[int, Solved], ...] = ()
     solved: bool = False
 

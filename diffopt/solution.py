@@ -54,6 +54,14 @@ class Residuals(NamedTuple):
         return torch.maximum(torch.maximum(self.primal, self.dual), self.gap)
 
 
+class Report(NamedTuple):
+    """How a batch went, as two tensors: ``residuals`` ``(3, *batch)``, primal, dual and gap; ``counts``
+    ``(3, *batch)`` int64, iterations, weakly active rows, dependent rows. `Solution` takes them apart on access."""
+
+    residuals: Tensor
+    counts: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Solution:
     """The solution of a batch of problems. Signs: Lagrangian = f + nu'(Ax - b) + lam'(Gx - h)
@@ -81,6 +89,7 @@ class Solution:
         certificate: for PRIMAL_INFEASIBLE and DUAL_INFEASIBLE instances the Farkas direction, else
             ``None`` (when no instance has one); see `Certificate`.
         backend, executor: who found the point.
+        report: residuals and counts as they are kept; see `Report`.
 
     x, s, lam, nu, lam_lower, lam_upper and value are differentiable in every tensor of the
     problem's data; the other fields are not. Registered as a pytree.
@@ -93,10 +102,7 @@ class Solution:
     lam_lower: Tensor
     lam_upper: Tensor
     status: Tensor
-    residuals: Residuals
-    iterations: Tensor
-    weakly_active: Tensor
-    dependent: Tensor
+    report: Report
     certificate: Certificate | None
     backend: str
     executor: str
@@ -108,6 +114,26 @@ class Solution:
         if not isinstance(self._value, Tensor):
             object.__setattr__(self, "_value", self._value())
         return self._value  # type: ignore[return-value]
+
+    @property
+    def residuals(self) -> Residuals:
+        """Primal, dual and gap, each ``(*batch,)``; see the class."""
+        return Residuals(*self.report.residuals.unbind(0))
+
+    @property
+    def iterations(self) -> Tensor:
+        """``(*batch,)`` int64."""
+        return self.report.counts[0]
+
+    @property
+    def weakly_active(self) -> Tensor:
+        """``(*batch,)`` int64; see the class."""
+        return self.report.counts[1]
+
+    @property
+    def dependent(self) -> Tensor:
+        """``(*batch,)`` int64; see the class."""
+        return self.report.counts[2]
 
     @property
     def ok(self) -> Tensor:
@@ -144,10 +170,7 @@ def status_counts(status: Tensor) -> str:
     return ", ".join(f"{Status(int(c)).name}: {int(k)}" for c, k in zip(codes, counts, strict=True))
 
 
-_CHILDREN = (
-    "x", "s", "lam", "nu", "lam_lower", "lam_upper",
-    "status", "residuals", "iterations", "weakly_active", "dependent", "certificate",
-)  # fmt: skip
+_CHILDREN = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status", "report", "certificate")
 
 
 def _flatten(solution: Solution) -> tuple[list[Any], tuple[str, str]]:

@@ -130,9 +130,9 @@ class Backend(ABC):
         failed = failed | (status == Status.NONFINITE_INPUT)
         # An infeasible or non-finite instance has no solution: NaN, so that no loss can use it unawares.
         point = kkt.Point(*(torch.where(failed.unsqueeze(-1), torch.nan, v) for v in point))
-        residuals = Residuals(*(torch.where(failed, torch.nan, r) for r in residuals))
+        stacked = torch.where(failed, torch.nan, torch.stack(residuals))
         return kkt.Solved(
-            point, status, residuals, raw.iterations, raw.certificate, self.name, raw.executor, raw.system
+            point, status, stacked, raw.certificate, self.name, raw.executor, raw.iterations, system=raw.system
         )
 
     @abstractmethod

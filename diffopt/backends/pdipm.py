@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from diffopt.backends.base import Backend, Capabilities, RawPoint
 from diffopt.backends.registry import register
 from diffopt.errors import BackendUnsupported
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import Certificate, Residuals, Status
+from diffopt.solution import Certificate, Status
 from diffopt.solvers import cpu_executor, pdipm
 from diffopt.solvers.executor import Answer, Data, Executor
 from diffopt.solvers.settings import Settings
@@ -32,18 +34,23 @@ class PdipmBackend(Backend):
         """Solve a batch; see `Backend.solve`. A compiled executor recomputes the residuals itself."""
         assert isinstance(form, QPForm)
         data = Data(form.Q, form.q, form.A, form.b, form.G, form.h, form.lower, form.upper, form.batch_shape)
-        executor = _executor(data, settings)
+        # Who solves, and how accurately, follows from shapes and settings: decided once for both.
+        notes = form.signature.notes
+        plan: _Plan | None = notes.get("pdipm")
+        if plan is None or plan.settings is not settings:
+            executor = _executor(data, settings)
+            weak = settings.weak_tolerance_for(form.dtype)
+            notes["pdipm"] = plan = _Plan(settings, executor, _tolerance(form, settings), weak)
+        executor = plan.executor
         if executor is None:
             return super().solve(form, settings)
-        weak = settings.weak_tolerance_for(form.dtype)
-        answer = executor.solve(data, settings, _tolerance(form, settings), weak, keep)
+        answer = executor.solve(data, settings, plan.tolerance, plan.weak_tolerance, keep)
         others = () if answer.unsolved == 0 else self._solve_rest(form, settings, answer)
-        names = sorted({one.executor for _, one in others})
+        name = "+".join([answer.name, *sorted({one.executor for _, one in others})]) if others else answer.name
         found = kkt.Solved(
             kkt.Point(answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper),
-            answer.status, Residuals(*answer.residuals.unbind(0)), answer.iterations, _certificates(form, others),
-            self.name, "+".join([answer.name, *names]), weakly_active=answer.weakly_active,
-            dependent=answer.dependent, others=others, solved=not others,
+            answer.status, answer.residuals, _certificates(form, others), self.name, name,
+            counts=answer.counts, others=others, solved=not others,
         )  # fmt: skip
         return found._replace(pullback=_pullback(executor, data, answer)) if keep else found
 
@@ -51,15 +58,17 @@ class PdipmBackend(Backend):
         """Solve what the executor left by torch operations, into its answer; return each on its own, too."""
         shape = form.batch_shape
         count = shape.numel()
-        flat = [v.view(count, *v.shape[len(shape) :]) for v in answer[:8]]
-        residuals = answer.residuals.view(3, count)
+        flat = [v.view(count, *v.shape[len(shape) :]) for v in answer[:7]]
+        residuals, counts = answer.residuals.view(3, count), answer.counts.view(3, count)
         others = []
         for index in (flat[6] == Status.UNSOLVED).nonzero().flatten().tolist():
             found = super().solve(form.instance(index), settings)
             x, s, nu, lam, lower, upper = found.point
-            for target, value in zip(flat, (x, s, lam, nu, lower, upper, found.status, found.iterations), strict=True):
+            for target, value in zip(flat, (x, s, lam, nu, lower, upper, found.status), strict=True):
                 target[index] = value
-            residuals[:, index] = torch.stack(list(found.residuals))
+            residuals[:, index] = found.residuals
+            assert found.iterations is not None
+            counts[0, index] = found.iterations
             others.append((index, found))
         return tuple(others)
 
@@ -87,6 +96,13 @@ class PdipmBackend(Backend):
             x, nu, lam, lam_lower, lam_upper, result.status, result.iterations, certificate,
             executor=f"torch:{result.reduction}", s=s, system=_system(result.system, form),
         )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    settings: Settings
+    executor: Executor | None
+    tolerance: float
+    weak_tolerance: float
 
 
 def _tolerance(form: Form, settings: Settings) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from diffopt.backends.base import Backend
 from diffopt.errors import BackendError, BackendLoadWarning, BackendNotInstalled, BackendUnsupported, UnknownBackend
 from diffopt.problems.base import DifferentiableProblem
-from diffopt.problems.forms import Form
+from diffopt.problems.forms import Form, QPForm
 
 ENTRY_POINTS = "diffopt.backends"
 _registered: dict[str, type[Backend]] = {}
@@ -118,9 +118,17 @@ def choose(backend: str | Backend, form: Form) -> Backend:
             remedy = f"Use {' or '.join(map(repr, others))}." if others else "No registered backend takes it."
             raise BackendUnsupported(f"Backend {named.name!r} cannot take this problem: it {reason}. {remedy}")
         return named
-    for name in _ranking():
+    # For the same shapes and cone the first of the ranking is asked once, as long as it is the first and needs nothing.
+    notes = form.signature.notes if isinstance(form, QPForm) and form.cone is form.signature.cone else {}
+    known: tuple[int, Backend] | None = notes.get("auto")
+    if known is not None and known[0] == len(_all()):
+        return known[1]
+    for place, name in enumerate(_ranking()):
         if _reason(_all()[name], form) is None:
-            return _all()[name]()
+            chosen = _all()[name]()
+            if place == 0 and not chosen.requires:
+                notes["auto"] = len(_all()), chosen
+            return chosen
     listing = "; ".join(f"{name}: {reason}" for name, reason in _reasons(form).items())
     raise BackendUnsupported(f"No registered backend can take this problem ({listing}).")
 

@@ -7,8 +7,7 @@ points of forms, ``implicit`` attaches solutions to the tensors of forms.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,9 +77,23 @@ class Form(ABC):
         return self.with_tensors({name: tensor.detach() for name, tensor in self.tensors().items()})
 
 
-MOST_PASSED = 1000
-_passed: dict[tuple[object, ...], tuple[torch.dtype, torch.device, torch.Size]] = {}
-"""Combinations of shapes, dtypes and devices that passed the checks: these cost more than a small problem."""
+class Signature:
+    """What forms of the same shapes, dtypes and devices have in common, made when the first of them passed its checks.
+
+    Attributes:
+        dtype, device, batch_shape: of the form.
+        cone: the nonnegative cone of its inequalities.
+        notes: for others to keep what depends on the signature alone, under keys of their own.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, batch_shape: torch.Size, m: int) -> None:
+        self.dtype, self.device, self.batch_shape = dtype, device, batch_shape
+        self.cone = NonnegativeCone(m)
+        self.notes: dict[Any, Any] = {}
+
+
+MOST_SIGNATURES = 1000
+_signatures: dict[tuple[object, ...], Signature] = {}
 
 
 class QPForm(Form):
@@ -102,6 +115,13 @@ class QPForm(Form):
         ShapeError, DtypeError, DeviceError, ParameterError: at construction.
     """
 
+    Q: SymmetricMatrix
+    q: Tensor
+    A: Tensor
+    b: Tensor
+    G: Tensor
+    h: Tensor
+
     def __init__(
         self,
         Q: Tensor | SymmetricMatrix | None,
@@ -115,6 +135,31 @@ class QPForm(Form):
         cone: Cone | None = None,
     ) -> None:
         self._tensors: dict[str, Tensor] | None = None
+        # Checks cost more than a small problem, so they are done once for each combination of shapes.
+        key = None if cone is not None else _key(Q, q, A, b, G, h, lower, upper)
+        known = None if key is None else _signatures.get(key)
+        if known is None:
+            known = self._check(Q, q, A, b, G, h, lower, upper, cone)
+            if key is not None:
+                if len(_signatures) >= MOST_SIGNATURES:
+                    _signatures.clear()
+                _signatures[key] = known
+        else:
+            self.n, self.q, self.Q = q.shape[-1], q, Dense(Q)  # type: ignore[arg-type]
+            self.A, self.b = (A, b) if A is not None else _no_rows(self.n, q)  # type: ignore[assignment]
+            self.G, self.h = (G, h) if G is not None else _no_rows(self.n, q)  # type: ignore[assignment]
+            self.lower, self.upper = lower, upper  # type: ignore[assignment]
+            self.p, self.m = self.A.shape[-2], self.G.shape[-2]
+            self.cone = known.cone
+        self.signature = known
+        self.dtype, self.device, self.batch_shape = known.dtype, known.device, known.batch_shape
+
+    def _check(
+        self, Q: Tensor | SymmetricMatrix | None, q: Tensor, A: Tensor | None, b: Tensor | float | None,
+        G: Tensor | None, h: Tensor | float | None, lower: Tensor | float | None, upper: Tensor | float | None,
+        cone: Cone | None,
+    ) -> Signature:  # fmt: skip
+        """Check everything, and put it in place."""
         require_tensor("q", q)
         if q.dim() < 1:
             raise ShapeError("`q` has no dimensions. Expected q of shape (*batch, n), got ().")
@@ -128,23 +173,14 @@ class QPForm(Form):
         self.p, self.m = self.A.shape[-2], self.G.shape[-2]
         self.lower = bound("lower", lower, n, q)
         self.upper = bound("upper", upper, n, q)
-        self.cone = NonnegativeCone(self.m) if cone is None else cone
+        tensors = self.tensors()
+        dtype, device = check_same_kind(tensors)
+        dims = dict(zip(tensors, self.core_dims(), strict=True))
+        batch = broadcast_batch({k: t.shape[: t.dim() - dims[k]] for k, t in tensors.items()})
+        known = Signature(dtype, device, batch, self.m)
+        self.cone = known.cone if cone is None else cone
         if self.cone.dim != self.m:
             raise ShapeError(f"`cone` has dimension {self.cone.dim} but G has {self.m} rows. Expected the same number.")
-        self.dtype, self.device, self.batch_shape = self._checked_together()
-
-    def _checked_together(self) -> tuple[torch.dtype, torch.device, torch.Size]:
-        """Check dtypes, devices and batch shapes against each other; once for each combination that passes."""
-        tensors = self.tensors()
-        key = tuple([(name, t.shape, t.dtype, t.device) for name, t in tensors.items()])
-        known = _passed.get(key)
-        if known is None:
-            dtype, device = check_same_kind(tensors)
-            dims = dict(zip(tensors, self.core_dims(), strict=True))
-            batch = broadcast_batch({k: t.shape[: t.dim() - dims[k]] for k, t in tensors.items()})
-            if len(_passed) >= MOST_PASSED:
-                _passed.clear()
-            known = _passed[key] = (dtype, device, batch)
         return known
 
     def core_dims(self) -> tuple[int, ...]:
@@ -189,6 +225,7 @@ class QPForm(Form):
             tensors[name] = tensor.expand(*self.batch_shape, *core)[place]
         twin = self.with_tensors(tensors)
         twin.batch_shape = torch.Size()
+        twin.signature = Signature(self.dtype, self.device, twin.batch_shape, self.m)
         return twin
 
     def objective(self, x: Tensor) -> Tensor:
@@ -250,16 +287,32 @@ def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> Symmetric
     return Dense(Q)
 
 
-@lru_cache(maxsize=256)
-def _no_rows(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.zeros(0, n, dtype=dtype, device=device), torch.zeros(0, dtype=dtype, device=device)
+def _key(Q: object, q: object, *rest: object) -> tuple[object, ...] | None:
+    """Return the shapes, dtypes and devices of ordinary data, or ``None`` for numbers, structures and 0-d tensors."""
+    parts: list[object] = []
+    for value in (Q, q, *rest):
+        if isinstance(value, Tensor):
+            shape = value.shape
+            if not shape:
+                return None
+            parts += (shape, value.dtype, value.device)
+        elif value is None and len(parts) > 3:
+            parts.append(None)
+        else:
+            return None
+    return tuple(parts)
+
+
+def _no_rows(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    # Made anew each time: a tensor kept from inside a transform, or a trace, is of no use outside it.
+    return like.new_empty((0, n)), like.new_empty((0,))
 
 
 def _rows(
     name: str, matrix: Tensor | None, side_name: str, side: Tensor | float | None, n: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     if matrix is None and side is None:
-        return _no_rows(n, like.dtype, like.device)
+        return _no_rows(n, like)
     for present, missing, value in ((name, side_name, side), (side_name, name, matrix)):
         if value is None:
             raise ParameterError(f"`{present}` was given without `{missing}`. Expected both or neither.")

@@ -27,27 +27,17 @@ AT_ONCE = 2e9
 
 _FIELDS = ("Q", "factor", "q", "A", "b", "G", "h", "lower", "upper")
 _REDUCTIONS = {"auto": 0, "dual": 1, "diagonal": 2, "primal": 3}
-_BATCH = struct.Struct("25q")
-_OPTIONS = struct.Struct("2d6q")
-_ANSWER = struct.Struct("14q")
+_CALL = struct.Struct("25q14q2d6q")
 _GRADIENTS = struct.Struct("14q")
 
 
-class _Plan(NamedTuple):
-    """What a call passes to the library about its data; ``kept`` holds contiguous copies while it runs."""
-
-    batch: bytes
-    kept: tuple[Tensor, ...]
-    layout: _Layout
-
-
 class Saved(NamedTuple):
-    """What a solve keeps for its pullback."""
+    """What a solve keeps for its pullback: its records, and what it passed to the library and how."""
 
     records: Tensor
-    once: Tensor
-    plan: _Plan
-    answer: bytes
+    kept: tuple[Tensor, ...]
+    layout: _Layout
+    call: bytes
 
 
 class CpuExecutor(Executor):
@@ -55,11 +45,14 @@ class CpuExecutor(Executor):
 
     def __init__(self, handle: ctypes.CDLL) -> None:
         self.handle = handle
-        for name in ("diffopt_solve", "diffopt_pullback", "diffopt_saved_size"):
-            getattr(handle, name).restype = ctypes.c_int64
-        handle.diffopt_solve.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_int64] * 2
-        handle.diffopt_pullback.argtypes = [ctypes.c_char_p] * 4 + [ctypes.c_int64] * 2
+        handle.diffopt_saved_size.restype = ctypes.c_int64
         handle.diffopt_saved_size.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+        self._solve = handle.diffopt_solve
+        self._solve.restype = ctypes.c_int64
+        self._solve.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
+        self._pullback = handle.diffopt_pullback
+        self._pullback.restype = ctypes.c_int64
+        self._pullback.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
 
     def refuses(self, data: Data, settings: Settings) -> str | None:
         """See `Executor`."""
@@ -79,48 +72,45 @@ class CpuExecutor(Executor):
 
     def solve(self, data: Data, settings: Settings, tolerance: float, weak_tolerance: float, keep: bool) -> Answer:
         """See `Executor`."""
-        plan = _plan(data)
-        batch, q = data.batch, data.q
-        count, (n, p, m) = plan.layout.count, plan.layout.sizes
-        x, s, lam = q.new_empty(*batch, n), q.new_empty(*batch, m), q.new_empty(*batch, m)
-        nu, lower, upper = q.new_empty(*batch, p), q.new_empty(*batch, n), q.new_empty(*batch, n)
+        layout = _layout(data)
+        kept, pointers = layout.pointers(data)
+        count, (n, p, m), batch, q = layout.count, layout.sizes, data.batch, data.q
+        x, s, lam = q.new_empty((*batch, n)), q.new_empty((*batch, m)), q.new_empty((*batch, m))
+        nu, lower, upper = q.new_empty((*batch, p)), q.new_empty((*batch, n)), q.new_empty((*batch, n))
         status = torch.empty(batch, dtype=torch.int8)
-        counts = torch.empty(3, *batch, dtype=torch.int64)
-        residuals = torch.empty(3, *batch, dtype=torch.float64)
-        size = once = 0
+        counts = torch.empty((3, *batch), dtype=torch.int64)
+        residuals = torch.empty((3, *batch), dtype=torch.float64)
+        saved, size, once, at_saved, at_once = None, 0, 0, 0, 0
         if keep:
-            size = self.handle.diffopt_saved_size(plan.batch, 0)
-            once = self.handle.diffopt_saved_size(plan.batch, 1)
-        records = torch.empty(count * size, dtype=torch.float64)
-        shared = torch.empty(once, dtype=torch.float64)
-        at, step = counts.data_ptr(), 8 * count
-        answer = _ANSWER.pack(
-            *(v.data_ptr() for v in (x, s, lam, nu, lower, upper, status)), at, at + step, at + 2 * step,
-            residuals.data_ptr(), records.data_ptr() if keep else 0, shared.data_ptr() if once else 0, size,
-        )  # fmt: skip
-        options = _OPTIONS.pack(
-            tolerance, weak_tolerance, settings.max_iterations, _REDUCTIONS[settings.reduction], settings.polish,
-            keep, torch.get_num_threads(), LANES_UP_TO,
+            size, once = layout.saved(self.handle)
+            saved = torch.empty(count * size + once, dtype=torch.float64)
+            at_saved = saved.data_ptr()
+            at_once = at_saved + 8 * count * size if once else 0
+        at = counts.data_ptr()
+        call = _CALL.pack(
+            count, n, p, m, 0, 0, layout.single, *pointers, *layout.strides,
+            x.data_ptr(), s.data_ptr(), lam.data_ptr(), nu.data_ptr(), lower.data_ptr(), upper.data_ptr(),
+            status.data_ptr(), at, at + 8 * count, at + 16 * count, residuals.data_ptr(), at_saved, at_once, size,
+            tolerance, weak_tolerance, settings.max_iterations, _REDUCTIONS[settings.reduction], settings.polish, keep,
+            torch.get_num_threads(), LANES_UP_TO,
         )  # fmt: skip
         unsolved = 0
-        for begin, end in plan.layout.slices:
-            unsolved += self._checked(self.handle.diffopt_solve(plan.batch, options, answer, begin, end))
-        saved = Saved(records, shared, plan, answer) if keep else None
-        return Answer(
-            x, s, lam, nu, lower, upper, status, counts[0], counts[1], counts[2], residuals, unsolved, saved, "cpu:dual"
-        )
+        for begin, end in layout.slices:
+            unsolved += self._checked(self._solve(call, begin, end))
+        record = None if saved is None else Saved(saved, kept, layout, call)
+        return Answer(x, s, lam, nu, lower, upper, status, residuals, counts, unsolved, record, "cpu:dual")
 
     def pullback(
         self, data: Data, answer: Answer, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """See `Executor`."""
         saved: Saved = answer.saved
-        plan, batch = saved.plan, data.batch
+        layout, batch = saved.layout, data.batch
         incoming = [None if g is None else g.contiguous() for g in gradients]
         like = answer.x
         n, p, m = like.shape[-1], answer.nu.shape[-1], answer.lam.shape[-1]
         Q_needed, _, A_needed, _, G_needed, _, lower_needed, upper_needed = needed
-        Q_shared, _, _, A_shared, _, G_shared, *_ = plan.layout.shared
+        Q_shared, _, _, A_shared, _, G_shared, *_ = layout.shared
         dq, db, dh = like.new_empty(*batch, n), like.new_empty(*batch, p), like.new_empty(*batch, m)
         dlower = like.new_empty(*batch, n) if lower_needed else None
         dupper = like.new_empty(*batch, n) if upper_needed else None
@@ -128,9 +118,8 @@ class CpuExecutor(Executor):
         dA = like.new_empty(*batch, p, n) if A_needed and not A_shared else None
         dG = like.new_empty(*batch, m, n) if G_needed and not G_shared else None
         packed = _GRADIENTS.pack(*map(_pointer, (*incoming, dQ, dq, dA, db, dG, dh, dlower, dupper)))
-        options = _OPTIONS.pack(0, 0, 0, 0, 0, 0, torch.get_num_threads(), 0)
-        for begin, end in plan.layout.slices:
-            self._checked(self.handle.diffopt_pullback(plan.batch, options, saved.answer, packed, begin, end))
+        for begin, end in layout.slices:
+            self._checked(self._pullback(saved.call, packed, torch.get_num_threads(), begin, end))
         if (Q_needed and Q_shared) or (A_needed and A_shared) or (G_needed and G_shared):
             # A shared matrix collects the outer products of all instances: one matrix product.
             solved = (answer.status == 1).unsqueeze(-1)
@@ -161,72 +150,84 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class _Layout(NamedTuple):
-    """What of a plan depends on shapes alone. For each field of the C structure: its tensor's place in
-    ``Data.tensors()`` or -1, whether it has to be expanded to the whole batch, and its stride."""
+class _Layout:
+    """What of a call depends on shapes alone.
 
-    count: int
-    sizes: tuple[int, int, int]
-    fields: tuple[tuple[int, bool, int], ...]
-    shared: tuple[bool, ...]
-    slices: tuple[tuple[int, int], ...]
+    Attributes:
+        count, sizes: instances; (n, p, m).
+        single: whether the data is float32.
+        slices: the ranges of instances, one for each call into the library.
+        shared: for each field of the C structure, whether all instances share it.
+        strides: numbers from one instance to the next, 0 for shared fields.
+    """
+
+    def __init__(self, data: Data) -> None:
+        tensors = data.tensors()
+        self.count = count = data.batch.numel()
+        self.sizes = n, p, m = data.q.shape[-1], data.A.shape[-2], data.G.shape[-2]
+        self.single = data.q.dtype == torch.float32
+        self.slices = tuple(_slices(count, n, p, m))
+        self.shared: list[bool] = []
+        self.strides: list[int] = []
+        self._expand: list[torch.Size | None] = []
+        self._saved: tuple[int, int] | None = None
+        places = (0, -1, *range(1, 8))  # a dense Q has no low-rank factor
+        for place, dims in zip(places, (2, 0, 1, 2, 1, 2, 1, 1, 1), strict=True):
+            tensor = None if place < 0 else tensors[place]
+            if tensor is None:
+                self.shared.append(True)
+                self.strides.append(0)
+                self._expand.append(None)
+                continue
+            core = tensor.shape[tensor.dim() - dims :]
+            lead = tensor.shape[: tensor.dim() - dims]
+            own = lead.numel() != 1 or count == 1
+            self.shared.append(not own)
+            self.strides.append(core.numel() if own else 0)
+            self._expand.append(torch.Size((*data.batch, *core)) if own and lead.numel() != count else None)
+
+    def pointers(self, data: Data) -> tuple[tuple[Tensor, ...], list[int]]:
+        """Return the tensors to keep alive (contiguous copies among them), and where each field's data lies."""
+        Q, *rest = data.tensors()
+        kept: list[Tensor] = []
+        pointers: list[int] = []
+        for tensor, expand in zip((Q, None, *rest), self._expand, strict=True):
+            if tensor is None:
+                pointers.append(0)  # an absent side; an empty matrix need not have any memory either
+                continue
+            if expand is not None:
+                tensor = tensor.expand(expand)
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+            kept.append(tensor)
+            pointers.append(tensor.data_ptr())
+        return tuple(kept), pointers
+
+    def saved(self, handle: ctypes.CDLL) -> tuple[int, int]:
+        """Return how many numbers a solve keeps of each instance, and once for all."""
+        if self._saved is None:
+            call = _CALL.pack(self.count, *self.sizes, 0, 0, 0, *[0] * 9, *self.strides, *[0] * 14, 0.0, 0.0, *[0] * 6)
+            self._saved = handle.diffopt_saved_size(call, 0), handle.diffopt_saved_size(call, 1)
+        return self._saved
 
 
-_DIMS = (2, 0, 1, 2, 1, 2, 1, 1, 1)
 MOST_LAYOUTS = 1000
 _layouts: dict[tuple[object, ...], _Layout] = {}
 
 
 def _layout(data: Data) -> _Layout:
-    tensors = data.tensors()
-    key = (data.batch, *[None if t is None else t.shape for t in tensors])
+    Q, q, A, b, G, h, lower, upper, batch = data
+    assert isinstance(Q, Dense)
+    key = (
+        batch, q.dtype, Q.given.shape, q.shape, A.shape, b.shape, G.shape, h.shape,
+        None if lower is None else lower.shape, None if upper is None else upper.shape,
+    )  # fmt: skip
     known = _layouts.get(key)
-    if known is not None:
-        return known
-    count = data.batch.numel()
-    places = (0, -1, *range(1, 8))  # a dense Q has no low-rank factor
-    fields, shared = [], []
-    for place, dims in zip(places, _DIMS, strict=True):
-        tensor = None if place < 0 else tensors[place]
-        if tensor is None:
-            fields.append((-1, False, 0))
-            shared.append(True)
-            continue
-        core = tensor.shape[tensor.dim() - dims :]
-        lead = tensor.shape[: tensor.dim() - dims]
-        own = lead.numel() != 1 or count == 1
-        fields.append((place, own and lead.numel() != count, core.numel() if own else 0))
-        shared.append(not own)
-    n, p, m = data.q.shape[-1], data.A.shape[-2], data.G.shape[-2]
-    if len(_layouts) >= MOST_LAYOUTS:
-        _layouts.clear()
-    known = _layouts[key] = _Layout(count, (n, p, m), tuple(fields), tuple(shared), tuple(_slices(count, n, p, m)))
+    if known is None:
+        if len(_layouts) >= MOST_LAYOUTS:
+            _layouts.clear()
+        known = _layouts[key] = _Layout(data)
     return known
-
-
-def _plan(data: Data) -> _Plan:
-    layout = _layout(data)
-    tensors = data.tensors()
-    kept: list[Tensor] = []
-    pointers, strides = [], []
-    for place, expand, stride in layout.fields:
-        if place < 0:
-            pointers.append(0)  # an absent side; an empty matrix need not have any memory either
-            strides.append(0)
-            continue
-        tensor = tensors[place]
-        assert tensor is not None
-        if expand:
-            tensor = tensor.expand(
-                *data.batch, *tensor.shape[tensor.dim() - _DIMS[place if place == 0 else place + 1] :]
-            )
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
-        kept.append(tensor)
-        pointers.append(tensor.data_ptr())
-        strides.append(stride)
-    packed = _BATCH.pack(layout.count, *layout.sizes, 0, 0, data.q.dtype == torch.float32, *pointers, *strides)
-    return _Plan(packed, tuple(kept), layout)
 
 
 def _slices(count: int, n: int, p: int, m: int) -> list[tuple[int, int]]:

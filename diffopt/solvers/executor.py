@@ -7,7 +7,6 @@ executors (`cpu_executor`, `cuda_executor`) answer what they can prove solved, m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,7 @@ from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.solvers.settings import Settings
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """A batch of quadratic programs as plain tensors; shapes as in `diffopt.QPForm`.
 
     Of a dense Q the symmetric part is meant: an executor symmetrises. h, lower and upper may be infinite.
@@ -47,8 +45,8 @@ class Answer(NamedTuple):
             with the signs of `diffopt.Solution`; not to be used where the status is UNSOLVED.
         status: ``(*batch,)`` int8. SOLVED: the relative residuals, recomputed from the original data, are at
             most the tolerance. UNSOLVED: another executor has to look at it. Nothing else is claimed.
-        iterations, weakly_active, dependent: ``(*batch,)`` int64, as in `diffopt.Solution`.
         residuals: ``(3, *batch)`` float64: primal, dual, gap, as in `diffopt.solution.Residuals`.
+        counts: ``(3, *batch)`` int64: iterations, weakly active rows, dependent rows, as in `diffopt.Solution`.
         unsolved: how many instances are UNSOLVED.
         saved: what `Executor.pullback` needs; ``None`` if it was not to be kept.
         name: which variant ran, for `diffopt.Solution.executor`.
@@ -61,10 +59,8 @@ class Answer(NamedTuple):
     lam_lower: Tensor
     lam_upper: Tensor
     status: Tensor
-    iterations: Tensor
-    weakly_active: Tensor
-    dependent: Tensor
     residuals: Tensor
+    counts: Tensor
     unsolved: int
     saved: Any
     name: str

@@ -133,7 +133,7 @@ bool takes(const Batch& batch, const Options& options) {
 
 using namespace diffopt;
 
-DIFFOPT_API int32_t diffopt_abi() { return 1; }
+DIFFOPT_API int32_t diffopt_abi() { return 2; }
 
 // The widest instruction set of this machine: 0 baseline, 1 AVX2 + FMA, 2 AVX-512 (F, DQ, VL, BW).
 DIFFOPT_API int32_t diffopt_cpu_level() {
@@ -146,24 +146,34 @@ DIFFOPT_API int32_t diffopt_cpu_level() {
     return 0;
 }
 
+// What a call is about; all fields are 8 bytes wide, so the other side writes it as one array of numbers.
+struct Call {
+    Batch batch;
+    Answer answer;
+    Options options;
+};
+
 // How many numbers a solve keeps for its pullback: of each instance, and once for all.
-DIFFOPT_API int64_t diffopt_saved_size(const Batch* batch, int64_t once) {
-    return once ? Saved::shared_size(*batch) : Saved::size(*batch);
+DIFFOPT_API int64_t diffopt_saved_size(const Call* call, int64_t once) {
+    return once ? Saved::shared_size(call->batch) : Saved::size(call->batch);
 }
 
 // Solves instances [begin, end); returns how many are left UNSOLVED, or -1 if memory ran out.
-DIFFOPT_API int64_t diffopt_solve(const Batch* batch, const Options* options, const Answer* answer, int64_t begin, int64_t end) {
+DIFFOPT_API int64_t diffopt_solve(const Call* call, int64_t begin, int64_t end) {
+    const Batch& batch = call->batch;
+    const Options& options = call->options;
+    const Answer& answer = call->answer;
     try {
-        clear_answer(*batch, *answer, begin, end);
-        if (!takes(*batch, *options)) return end - begin;
-        const bool small = batch->n + batch->p <= options->lanes_up_to && batch->m + batch->bounds() <= options->lanes_up_to;
-        if (!small) return solve_batch<Single>(*batch, *options, *answer, begin, end);
+        clear_answer(batch, answer, begin, end);
+        if (!takes(batch, options)) return end - begin;
+        const bool small = batch.n + batch.p <= options.lanes_up_to && batch.m + batch.bounds() <= options.lanes_up_to;
+        if (!small) return solve_batch<Single>(batch, options, answer, begin, end);
         // Filling all lanes for one or two problems takes longer than solving these on their own; same bits.
         const Index rest = (end - begin) % Lanes::W, alone = rest <= ALONE_UP_TO ? end - rest : end;
         int64_t missing = 0;
-        if (alone > begin) missing = solve_batch<Lanes>(*batch, *options, *answer, begin, alone);
+        if (alone > begin) missing = solve_batch<Lanes>(batch, options, answer, begin, alone);
         if (missing < 0 || alone == end) return missing;
-        const int64_t more = solve_batch<Alone>(*batch, *options, *answer, alone, end);
+        const int64_t more = solve_batch<Alone>(batch, options, answer, alone, end);
         return more < 0 ? more : missing + more;
     } catch (...) {
         return -1;
@@ -171,20 +181,21 @@ DIFFOPT_API int64_t diffopt_solve(const Batch* batch, const Options* options, co
 }
 
 // Writes the gradients of instances [begin, end); returns 0, or -1 if memory ran out.
-DIFFOPT_API int64_t diffopt_pullback(const Batch* batch, const Options* options, const Answer* answer,
-                                     const Gradients* gradients, int64_t begin, int64_t end) {
-    const double n = static_cast<double>(batch->n), each = 8 * n * n + 4 * n * static_cast<double>(batch->m) + 200;
+DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradients, int64_t threads, int64_t begin,
+                                     int64_t end) {
+    const Batch& batch = call->batch;
+    const double n = static_cast<double>(batch.n), each = 8 * n * n + 4 * n * static_cast<double>(batch.m) + 200;
     const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each));
     const Index chunks = (end - begin + per_chunk - 1) / per_chunk;
-    const int64_t threads = each * static_cast<double>(end - begin) < WORTH_WAKING ? 1 : options->threads;
+    if (each * static_cast<double>(end - begin) < WORTH_WAKING) threads = 1;
     std::atomic<bool> failed{false};
     Pool::run(chunks, threads, [&](int64_t chunk) {
         try {
             static thread_local PullbackWork work;
             const Index last = std::min<Index>(end, begin + (chunk + 1) * per_chunk);
             for (Index i = begin + chunk * per_chunk; i < last; i++) {
-                if (batch->single) pull_back<float>(*batch, *answer, *gradients, i, work);
-                else pull_back<double>(*batch, *answer, *gradients, i, work);
+                if (batch.single) pull_back<float>(batch, call->answer, *gradients, i, work);
+                else pull_back<double>(batch, call->answer, *gradients, i, work);
             }
         } catch (...) {
             failed = true;
