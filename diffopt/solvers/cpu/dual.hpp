@@ -11,10 +11,12 @@ namespace diffopt {
 
 constexpr double TRY = 1e-3;      // relative residual below which a repeated active set is tried
 constexpr double ENOUGH = 1e-12;  // relative residual at which a polished point is as good as it gets
+constexpr double FLIP = 1e-8;     // relative size of a wrong sign, before refinement, for which a row changes sides
 constexpr double SIGN = 1e-10;    // relative size of a wrong sign that is rounding error
 constexpr double AHEAD = 1e-4;    // complementarity may not fall below this times the residual
 constexpr double SHIFT = 1e-10;   // keeps R + diag(1/w) definite where active rows depend on each other
 constexpr double OFF = 1e30;      // 1/w of a direction without rows: it does not move
+constexpr int FLIPS = 4;          // active sets that are tried at a time
 
 template <class P> class Dual {
   public:
@@ -48,7 +50,7 @@ template <class P> class Dual {
         for (double** v : {&b_, &nu0_}) *v = arena.take(k.pp * S);
         for (double** v : {&h0_, &y_, &target_, &joint_, &Cx_, &active_}) *v = arena.take(k.joint * S);
         for (double** v : {&u0_, &u_, &f_, &df_, &inverse_w_, &g_, &extra_}) *v = arena.take(k.directions * S);
-        for (double** v : {&s_, &z_, &side_, &on_, &above_, &r_, &ratio_, &weight_, &inverse_s_, &inverse_z_, &ds_, &dz_}) *v = arena.take(rows_ * S);
+        for (double** v : {&s_, &z_, &side_, &on_, &above_, &held_rows_, &r_, &ratio_, &weight_, &inverse_s_, &inverse_z_, &ds_, &dz_}) *v = arena.take(rows_ * S);
         K_ = arena.take(k.directions * k.directions * S);
         inv_k_ = arena.take(k.directions * S);
         const Index most = P::LANES ? k.joint : padded<P>(k.n);
@@ -87,7 +89,8 @@ template <class P> class Dual {
     double *b_, *nu0_;
     double *h0_, *y_, *target_, *joint_, *Cx_, *active_;
     double *u0_, *u_, *f_, *df_, *inverse_w_, *g_, *extra_;
-    double *s_, *z_, *side_, *on_, *above_, *r_, *ratio_, *weight_, *inverse_s_, *inverse_z_, *ds_, *dz_;
+    double *s_, *z_, *side_, *on_, *above_, *held_rows_, *r_, *ratio_, *weight_, *inverse_s_, *inverse_z_, *ds_, *dz_;
+    double errors_[3][P::S] = {};  // primal, dual and gap of the point at hand
     double *K_, *inv_k_, *B_, *M_, *inv_m_, *compact_;
     Index ldb_ = 0, held_ = 0;  // row length of B and M; Single: how many rows are held
     std::vector<Index> list_;   // Single: joint indices of the held rows
@@ -393,10 +396,19 @@ template <class P> class Dual {
     Flag hold(bool keep_rows);
     void solve_held(double* right);
     void residual_of_point();
-    void write(int lane, int64_t step, const double* errors, Index weak, const Answer& answer);
+    void gather_held();
+    void aim();
+    Flag flip(Flag which);
+    void refine(Flag which);
+    Flag clip_multipliers();
+    Number measure_point(Flag& inside);
+    void finish(Flag accepted, int64_t step, const Answer& answer);
+    void write(int lane, int64_t step, Index weak, const Answer& answer);
     template <class T> void write_point(int lane, const Answer& answer) const;
     void keep(int lane, const Answer& answer);
 
+    // Columns of the held rows: of V where other entries of y are zero, else gathered.
+    const double* held_matrix() const { return P::LANES ? m_->V : B_; }
     std::size_t bytes(Index entries) const { return static_cast<std::size_t>(entries * P::S) * sizeof(double); }
     void clear(double* v, Index entries) const { std::memset(v, 0, bytes(entries)); }
 };

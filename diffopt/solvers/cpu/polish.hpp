@@ -73,178 +73,221 @@ template <class P> void Dual<P>::residual_of_point() {
     }
 }
 
-// Solves for the point where the rows with z > s hold with equality and the others have no multiplier, and accepts it
-// where all signs are right and its residuals, recomputed from the data, are at rounding level (at the end of the
-// iteration: within the tolerance). Accepted problems are written to `answer`.
-template <class P>
-typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answer& answer) {
-    const Index qn = k.packs(k.np), qp = k.packs(k.pp), qj = k.packs(k.joint), offset = k.pp * P::S;
+// Marks active_ and target_ (equalities, and rows in held_rows_), each variable held at one bound only.
+template <class P> void Dual<P>::gather_held() {
+    const Index offset = k.pp * P::S;
     clear(active_, k.joint);
     clear(target_, k.joint);
     for (Index i = 0; i < k.p; i++) P::put(active_, i, Number{} + 1.0);
     std::memcpy(target_, b_, bytes(k.pp));
-    Vec widest{};
     each_row([&](Index at, Index direction, double sign) {
-        // A variable is held once, at its lower bound if both seem active.
-        const Mask above = P::load_mask(above_ + at) & (P::load(active_ + offset + direction) == 0.0);
-        const Vec side = P::load(side_ + at);
-        P::store(active_ + offset + direction, select(above, 1.0, P::load(active_ + offset + direction)));
-        P::store(target_ + offset + direction, select(above, sign * side, P::load(target_ + offset + direction)));
-        // (Only where it is asked for: a neighbour's polish must leave no trace.)
-        P::store_mask(above_ + at, (P::spread(due) & above) | (none_of(P::spread(due)) & P::load_mask(above_ + at)));
-        widest = vmax(vabs(side), widest);
+        double *active = active_ + offset + direction, *target = target_ + offset + direction;
+        const Mask held = P::load_mask(held_rows_ + at) & (P::load(active) == 0.0);
+        P::store_mask(held_rows_ + at, held);
+        P::store(active, select(held, 1.0, P::load(active)));
+        P::store(target, select(held, sign * P::load(side_ + at), P::load(target)));
     });
-    Flag good = due & hold(true);
-    if (!any(good)) return good;
+}
 
-    for (Index q = 0; q < qj; q++) P::store(y_ + q * P::W, -(P::load(target_ + q * P::W) + P::load(h0_ + q * P::W)));
+// (x_, y_): the point where the held rows hold with equality and the others have no multiplier; then its residuals.
+template <class P> void Dual<P>::aim() {
+    for (Index q = 0; q < k.packs(k.joint); q++)
+        P::store(y_ + q * P::W, -(P::load(target_ + q * P::W) + P::load(h0_ + q * P::W)));
     solve_held(y_);
-    const double* B = P::LANES ? m_->V : B_;
-    const Index ldb = ldb_, qb = k.packs(ldb_);
     std::memcpy(x_, t_, bytes(k.np));
-    add_product<P>(B, ldb, k.n, compact_, 1, x_, 0, qb);
+    add_product<P>(held_matrix(), ldb_, k.n, compact_, 1, x_, 0, k.packs(ldb_));
     solve<P>(m_->U, k.np, m_->inv, k.n, x_);
-    for (Index q = 0; q < qn; q++) P::store(x_ + q * P::W, -P::load(x_ + q * P::W));
+    for (Index q = 0; q < k.packs(k.np); q++) P::store(x_ + q * P::W, -P::load(x_ + q * P::W));
     residual_of_point();
+}
 
-    const Number slack_error = SIGN * (1.0 + P::max(widest));
-    double errors[3][P::S] = {};
-    Flag accepted{};
-    for (int round = 0; round < 2; round++) {
-        // Q dx + B'dy = r_x, B dx = r_B
-        for (Index q = 0; q < qn; q++) {
-            const Vec slope = P::load(Qx_ + q * P::W) + P::load(q_ + q * P::W) + P::load(pull_ + q * P::W) + P::load(push_ + q * P::W);
-            P::store(work_ + q * P::W, -slope);
-        }
-        solve_transposed<P>(m_->U, k.np, m_->inv, k.n, work_);
-        for (Index q = 0; q < qj; q++) P::store(joint_ + q * P::W, P::load(Cx_ + q * P::W) - P::load(target_ + q * P::W));
-        if constexpr (P::LANES) {
-            add_transposed<P>(m_->V, k.joint, k.n, work_, 1, joint_, 0, qj);
-        } else {
-            clear(compact_, ldb_);
-            add_transposed<P>(B_, ldb_, k.n, work_, 1, compact_, 0, qb);
-            for (Index i = 0; i < held_; i++) joint_[list_[i]] += compact_[i];
-        }
-        solve_held(joint_);
-        add_product<P>(B, ldb, k.n, compact_, -1, work_, 0, qb);
-        solve<P>(m_->U, k.np, m_->inv, k.n, work_);
-        // What was accepted in the first round stays as it is, whatever its neighbours still need.
-        const Mask open = none_of(P::spread(accepted));
-        for (Index q = 0; q < qn; q++) P::store(x_ + q * P::W, P::load(x_ + q * P::W) + select(open, P::load(work_ + q * P::W), 0.0));
-        for (Index q = 0; q < qj; q++) P::store(y_ + q * P::W, P::load(y_ + q * P::W) + select(open, P::load(joint_ + q * P::W), 0.0));
-        // Variables at a bound stand on it, to the last bit.
-        for (Index q = 0; q < k.packs(k.bp); q++) {
-            const Index at = offset + k.mp * P::S + q * P::W;
-            P::store(x_ + q * P::W, select(P::load(active_ + at) != 0.0, P::load(target_ + at), P::load(x_ + q * P::W)));
-        }
+// Changes sides: held rows whose multiplier has the wrong sign, other rows that the point violates. Returns where any
+// did; those that are not in `which` only look.
+template <class P> typename P::Flag Dual<P>::flip(Flag which) {
+    const Index offset = k.pp * P::S;
+    Vec highest{}, widest{};
+    each_row([&](Index at, Index direction, double) {
+        highest = vmax(vabs(P::load(y_ + offset + direction)), highest);
+        widest = vmax(vabs(P::load(side_ + at)), widest);
+    });
+    const Vec z_error = P::splat(-FLIP * (1.0 + P::max(highest))), s_error = P::splat(FLIP * (1.0 + P::max(widest)));
+    const Mask open = P::spread(which);
+    Mask any_wrong{};
+    each_row([&](Index at, Index direction, double sign) {
+        const Mask held = P::load_mask(held_rows_ + at);
+        const Vec outside = sign * P::load(Cx_ + offset + direction) - P::load(side_ + at);
+        const Mask wrong_z = held & (sign * P::load(y_ + offset + direction) < z_error);
+        const Mask wrong_s = on(at) & none_of(held) & (outside > s_error);
+        any_wrong |= wrong_z | wrong_s;
+        P::store_mask(held_rows_ + at, held ^ (open & (wrong_z | wrong_s)));
+    });
+    return P::any_entry(any_wrong);
+}
 
-        // Multipliers: at least zero, up to rounding.
-        Vec lowest = P::splat(INF), highest{};
-        each_row([&](Index at, Index direction, double sign) {
-            const Mask above = P::load_mask(above_ + at);
-            double* entry = y_ + offset + direction;
-            const Vec z = sign * P::load(entry);
-            lowest = vmin(select(above, z, P::splat(INF)), lowest);
-            highest = vmax(select(above, vabs(z), 0.0), highest);
-            P::store(entry, select(above & (z < 0.0), 0.0, P::load(entry)));
-        });
-        good = good & (P::min(lowest) >= -SIGN * (1.0 + P::max(highest)));
-        if (!any(good)) return Flag{};
-        residual_of_point();
-
-        // The residuals of diffopt.solution.Residuals, in the original units and in the equilibrated ones.
-        Vec slope_max[2] = {}, slope_size[2] = {}, primal_max[2] = {}, primal_size[2] = {};
-        Vec curved{}, linear{}, equal{}, sided{}, outside{};
-        const Vec cost = P::splat(m_->cost);
-        for (Index q = 0; q < qn; q++) {
-            const Vec Qx = P::load(Qx_ + q * P::W), linear_q = P::load(q_ + q * P::W), pull = P::load(pull_ + q * P::W),
-                      push = P::load(push_ + q * P::W), x = P::load(x_ + q * P::W);
-            const Vec error = vabs(Qx + linear_q + pull + push);
-            const Vec most = vmax(vmax(vabs(Qx), vabs(linear_q)), vmax(vabs(pull), vabs(push)));
-            const Vec unit = 1.0 / (cost * P::load(m_->d + q * P::W));
-            slope_max[0] = vmax_nan(error * unit, slope_max[0]);
-            slope_size[0] = vmax(most * unit, slope_size[0]);
-            slope_max[1] = vmax_nan(error, slope_max[1]);
-            slope_size[1] = vmax(most, slope_size[1]);
-            curved += Qx * x;
-            linear += linear_q * x;
-        }
-        for (Index q = 0; q < qp; q++) {
-            const Vec Ax = P::load(Cx_ + q * P::W), b = P::load(b_ + q * P::W), unit = 1.0 / P::load(m_->eq + q * P::W);
-            const Vec error = vabs(Ax - b), most = vmax(vabs(Ax), vabs(b));
-            primal_max[0] = vmax_nan(error * unit, primal_max[0]);
-            primal_size[0] = vmax(most * unit, primal_size[0]);
-            primal_max[1] = vmax_nan(error, primal_max[1]);
-            primal_size[1] = vmax(most, primal_size[1]);
-            equal += b * P::load(y_ + q * P::W);
-        }
-        each_row([&](Index at, Index direction, double sign) {
-            const Mask here = on(at), above = P::load_mask(above_ + at);
-            const Vec v = select(here, sign * P::load(Cx_ + offset + direction), 0.0), side = P::load(side_ + at);
-            const bool bound = direction >= k.mp * P::S;
-            const Vec unit = bound ? P::load(m_->d + direction - k.mp * P::S) : 1.0 / P::load(m_->rows + direction);
-            const Vec error = vmax_nan(v - side, P::splat(0.0)), most = vmax(vabs(v), vabs(side));
-            primal_max[0] = vmax_nan(error * unit, primal_max[0]);
-            primal_size[0] = vmax(most * unit, primal_size[0]);
-            primal_max[1] = vmax_nan(error, primal_max[1]);
-            primal_size[1] = vmax(most, primal_size[1]);
-            outside = vmax_nan(select(above, 0.0, v - side), outside);
-            sided += select(above, side * sign * P::load(y_ + offset + direction), 0.0);
-        });
-        const Number terms[4] = {P::sum(curved), P::sum(linear), P::sum(equal), P::sum(sided)};
-        Number total = terms[0] + terms[1] + terms[2] + terms[3], largest{};
-        for (const Number& term : terms) largest = vmax_nan(vabs(term), largest);
-        Number worst{};
-        for (int units = 0; units < 2; units++) {
-            const Number scale = units ? Number{} + 1.0 : 1.0 / m_->cost;
-            const Number primal = P::max(primal_max[units]) / (1.0 + P::max(primal_size[units]));
-            const Number dual = P::max(slope_max[units]) / (1.0 + P::max(slope_size[units]));
-            const Number gap = vabs(total) * scale / (1.0 + largest * scale);
-            worst = vmax_nan(vmax_nan(primal, dual), vmax_nan(gap, worst));
-            if (units == 0)
-                for (int lane = 0; lane < P::S; lane++) {
-                    errors[0][lane] = P::lane(primal, lane);
-                    errors[1][lane] = P::lane(dual, lane);
-                    errors[2][lane] = P::lane(gap, lane);
-                }
-        }
-        good = good & (P::max(outside) <= slack_error);
-        accepted = good & (worst <= ENOUGH);
-        if (round == 1) accepted = good & ((worst <= ENOUGH) | (at_end & (worst <= options_.tolerance)));
-        if (!any(good & none_of(accepted))) break;
+// One Newton step on the unreduced conditions of the held rows, for the problems in `which`; then the residuals.
+template <class P> void Dual<P>::refine(Flag which) {
+    const Index qn = k.packs(k.np), qj = k.packs(k.joint), qb = k.packs(ldb_), offset = k.pp * P::S;
+    // Q dx + B'dy = r_x, B dx = r_B
+    for (Index q = 0; q < qn; q++) {
+        const Index at = q * P::W;
+        P::store(work_ + at, -(P::load(Qx_ + at) + P::load(q_ + at) + P::load(pull_ + at) + P::load(push_ + at)));
     }
-    if (!any(accepted)) return accepted;
+    solve_transposed<P>(m_->U, k.np, m_->inv, k.n, work_);
+    for (Index q = 0; q < qj; q++) P::store(joint_ + q * P::W, P::load(Cx_ + q * P::W) - P::load(target_ + q * P::W));
+    if constexpr (P::LANES) {
+        add_transposed<P>(m_->V, k.joint, k.n, work_, 1, joint_, 0, qj);
+    } else {
+        clear(compact_, ldb_);
+        add_transposed<P>(B_, ldb_, k.n, work_, 1, compact_, 0, qb);
+        for (Index i = 0; i < held_; i++) joint_[list_[i]] += compact_[i];
+    }
+    solve_held(joint_);
+    add_product<P>(held_matrix(), ldb_, k.n, compact_, -1, work_, 0, qb);
+    solve<P>(m_->U, k.np, m_->inv, k.n, work_);
+    const Mask open = P::spread(which);
+    for (Index q = 0; q < qn; q++)
+        P::store(x_ + q * P::W, P::load(x_ + q * P::W) + select(open, P::load(work_ + q * P::W), 0.0));
+    for (Index q = 0; q < qj; q++)
+        P::store(y_ + q * P::W, P::load(y_ + q * P::W) + select(open, P::load(joint_ + q * P::W), 0.0));
+    // Variables at a bound stand on it, to the last bit.
+    for (Index q = 0; q < k.packs(k.bp); q++) {
+        const Index at = offset + k.mp * P::S + q * P::W;
+        P::store(x_ + q * P::W, select(P::load(active_ + at) != 0.0, P::load(target_ + at), P::load(x_ + q * P::W)));
+    }
+}
 
+// Sets multipliers that are negative by rounding to zero; returns where none is more than that.
+template <class P> typename P::Flag Dual<P>::clip_multipliers() {
+    Vec lowest = P::splat(INF), highest{};
+    each_row([&](Index at, Index direction, double sign) {
+        const Mask held = P::load_mask(held_rows_ + at);
+        double* entry = y_ + k.pp * P::S + direction;
+        const Vec z = sign * P::load(entry);
+        lowest = vmin(select(held, z, P::splat(INF)), lowest);
+        highest = vmax(select(held, vabs(z), 0.0), highest);
+        P::store(entry, select(held & (z < 0.0), 0.0, P::load(entry)));
+    });
+    return P::min(lowest) >= -SIGN * (1.0 + P::max(highest));
+}
+
+// The residuals of diffopt.solution.Residuals at (x_, y_): in original units into errors_, and the worst of these and
+// of those in equilibrated units. `inside`: no row is violated by more than rounding.
+template <class P> typename P::Number Dual<P>::measure_point(Flag& inside) {
+    const Index qn = k.packs(k.np), qp = k.packs(k.pp), offset = k.pp * P::S;
+    Vec slope_max[2] = {}, slope_size[2] = {}, primal_max[2] = {}, primal_size[2] = {};
+    Vec curved{}, linear{}, equal{}, sided{}, outside{}, widest{};
+    auto take = [](Vec (&errors)[2], Vec (&sizes)[2], Vec error, Vec size, Vec unit) {
+        errors[0] = vmax_nan(error * unit, errors[0]);
+        sizes[0] = vmax(size * unit, sizes[0]);
+        errors[1] = vmax_nan(error, errors[1]);
+        sizes[1] = vmax(size, sizes[1]);
+    };
+    const Vec cost = P::splat(m_->cost);
+    for (Index q = 0; q < qn; q++) {
+        const Vec Qx = P::load(Qx_ + q * P::W), slope = P::load(q_ + q * P::W), pull = P::load(pull_ + q * P::W),
+                  push = P::load(push_ + q * P::W), x = P::load(x_ + q * P::W);
+        take(slope_max, slope_size, vabs(Qx + slope + pull + push),
+             vmax(vmax(vabs(Qx), vabs(slope)), vmax(vabs(pull), vabs(push))), 1.0 / (cost * P::load(m_->d + q * P::W)));
+        curved += Qx * x;
+        linear += slope * x;
+    }
+    for (Index q = 0; q < qp; q++) {
+        const Vec Ax = P::load(Cx_ + q * P::W), b = P::load(b_ + q * P::W);
+        take(primal_max, primal_size, vabs(Ax - b), vmax(vabs(Ax), vabs(b)), 1.0 / P::load(m_->eq + q * P::W));
+        equal += b * P::load(y_ + q * P::W);
+    }
+    each_row([&](Index at, Index direction, double sign) {
+        const Mask held = P::load_mask(held_rows_ + at);
+        const Vec v = select(on(at), sign * P::load(Cx_ + offset + direction), 0.0), side = P::load(side_ + at);
+        const bool bound = direction >= k.mp * P::S;
+        const Vec unit = bound ? P::load(m_->d + direction - k.mp * P::S) : 1.0 / P::load(m_->rows + direction);
+        take(primal_max, primal_size, vmax_nan(v - side, Vec{}), vmax(vabs(v), vabs(side)), unit);
+        outside = vmax_nan(select(held, 0.0, v - side), outside);
+        widest = vmax(vabs(side), widest);
+        sided += select(held, side * sign * P::load(y_ + offset + direction), 0.0);
+    });
+    inside = P::max(outside) <= SIGN * (1.0 + P::max(widest));
+    const Number terms[4] = {P::sum(curved), P::sum(linear), P::sum(equal), P::sum(sided)};
+    const Number total = vabs(terms[0] + terms[1] + terms[2] + terms[3]);
+    Number largest{}, worst{};
+    for (const Number& term : terms) largest = vmax_nan(vabs(term), largest);
+    for (int units = 0; units < 2; units++) {
+        const Number scale = units ? Number{} + 1.0 : 1.0 / m_->cost;
+        const Number primal = P::max(primal_max[units]) / (1.0 + P::max(primal_size[units]));
+        const Number dual = P::max(slope_max[units]) / (1.0 + P::max(slope_size[units]));
+        const Number gap = total * scale / (1.0 + largest * scale);
+        worst = vmax_nan(vmax_nan(primal, dual), vmax_nan(gap, worst));
+        for (int lane = 0; lane < P::S && units == 0; lane++) {
+            errors_[0][lane] = P::lane(primal, lane);
+            errors_[1][lane] = P::lane(dual, lane);
+            errors_[2][lane] = P::lane(gap, lane);
+        }
+    }
+    return worst;
+}
+
+// Solves for the point where the rows with z > s hold with equality and the others have no multiplier, changing sides
+// where signs come out wrong, and accepts it where all signs are right and its residuals, recomputed from the data, are
+// at rounding level (at the end of the iteration: within the tolerance). What it accepts is written to `answer`.
+// No problem's result may depend on what the others in its group still need.
+template <class P>
+typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answer& answer) {
+    Flag pending = due, solved{};
+    std::memcpy(held_rows_, above_, bytes(rows_));
+    for (int round = 0; round < FLIPS && any(pending); round++) {
+        gather_held();
+        pending = pending & hold(true);
+        if (!any(pending)) break;
+        aim();
+        const Flag wrong = flip(pending);
+        const Flag right = pending & none_of(wrong);
+        Flag accepted{};
+        for (int again = 0; again < 2 && any(right & none_of(accepted)); again++) {
+            refine(right & none_of(accepted));
+            const Flag signs = clip_multipliers();
+            residual_of_point();
+            Flag inside;
+            const Number worst = measure_point(inside);
+            const Flag good = right & signs & inside;
+            accepted = accepted | (good & (worst <= ENOUGH));
+            if (again == 1) accepted = accepted | (good & at_end & (worst <= options_.tolerance));
+        }
+        if (any(accepted)) finish(accepted, step, answer);
+        solved = solved | accepted;
+        pending = pending & wrong;
+    }
+    return solved;
+}
+
+// Writes accepted problems, and what their pullback needs.
+template <class P> void Dual<P>::finish(Flag accepted, int64_t step, const Answer& answer) {
     // Weakly active rows hold with equality and have no multiplier; a derivative leaves them out.
+    const Index offset = k.pp * P::S;
     Index weak[P::S] = {};
     bool dropped = false;
     each_row([&](Index at, Index direction, double sign) {
-        const Mask here = on(at), above = P::load_mask(above_ + at);
+        const Mask here = on(at), held = P::load_mask(held_rows_ + at);
         const Vec slack = P::load(side_ + at) - sign * P::load(Cx_ + offset + direction);
-        const Vec z = select(above, sign * P::load(y_ + offset + direction), 0.0);
-        const Mask is_weak = here & (above | (slack <= options_.weak_tolerance)) & (z <= options_.weak_tolerance);
+        const Vec z = select(held, sign * P::load(y_ + offset + direction), 0.0);
+        const Mask is_weak = here & (held | (slack <= options_.weak_tolerance)) & (z <= options_.weak_tolerance);
         for (int lane = 0; lane < P::S; lane++) weak[lane] += P::count(is_weak, lane);
-        const Mask drop = above & is_weak & P::spread(accepted);
+        const Mask drop = held & is_weak & P::spread(accepted);
         if (any(drop)) {
             dropped = true;
-            P::store(active_ + offset + direction, select(drop, 0.0, P::load(active_ + offset + direction)));
+            double* active = active_ + offset + direction;
+            P::store(active, select(drop, 0.0, P::load(active)));
         }
     });
     for (int lane = 0; lane < P::S; lane++)
-        if (P::lane(accepted, lane) && first_ + lane < batch_.count) {
-            const double own[3] = {errors[0][lane], errors[1][lane], errors[2][lane]};
-            write(lane, step, own, weak[lane], answer);
-        }
-    if (answer.saved) {
-        if (dropped) hold(true);
-        for (int lane = 0; lane < P::S; lane++)
-            if (P::lane(accepted, lane) && first_ + lane < batch_.count) keep(lane, answer);
-    }
-    return accepted;
+        if (P::lane(accepted, lane) && first_ + lane < batch_.count) write(lane, step, weak[lane], answer);
+    if (!answer.saved) return;
+    if (dropped) hold(true);
+    for (int lane = 0; lane < P::S; lane++)
+        if (P::lane(accepted, lane) && first_ + lane < batch_.count) keep(lane, answer);
 }
 
 template <class P>
-void Dual<P>::write(int lane, int64_t step, const double* errors, Index weak, const Answer& answer) {
+void Dual<P>::write(int lane, int64_t step, Index weak, const Answer& answer) {
     const Index i = first_ + lane;
     if (batch_.single) write_point<float>(lane, answer);
     else write_point<double>(lane, answer);
@@ -252,7 +295,7 @@ void Dual<P>::write(int lane, int64_t step, const double* errors, Index weak, co
     answer.iterations[i] = step;
     answer.weak[i] = weak;
     answer.dependent[i] = 0;
-    for (int e = 0; e < 3; e++) answer.residuals[e * batch_.count + i] = errors[e];
+    for (int e = 0; e < 3; e++) answer.residuals[e * batch_.count + i] = errors_[e][lane];
 }
 
 template <class P> template <class T> void Dual<P>::write_point(int lane, const Answer& answer) const {
@@ -267,10 +310,10 @@ template <class P> template <class T> void Dual<P>::write_point(int lane, const 
     for (Index r = 0; r < k.m; r++) {
         const double unit = entry(m_->rows, r), z = entry(y_, k.pp + r);
         const bool here = (reinterpret_cast<const int64_t*>(on_)[r * P::S + lane]) != 0;
-        const bool above = (reinterpret_cast<const int64_t*>(above_)[r * P::S + lane]) != 0;
+        const bool held = (reinterpret_cast<const int64_t*>(held_rows_)[r * P::S + lane]) != 0;
         const double slack = entry(side_, r) - entry(Cx_, k.pp + r);
         lam[r] = static_cast<T>(z * unit / cost);
-        s[r] = static_cast<T>(!here ? INF : above || slack < 0 ? 0.0 : slack / unit);
+        s[r] = static_cast<T>(!here ? INF : held || slack < 0 ? 0.0 : slack / unit);
     }
     T *lower = static_cast<T*>(answer.lower) + i * k.n, *upper = static_cast<T*>(answer.upper) + i * k.n;
     for (Index r = 0; r < k.n; r++) {
@@ -298,7 +341,7 @@ template <class P> void Dual<P>::keep(int lane, const Answer& answer) {
         double place = static_cast<double>(j < k.pp ? j : j < k.pp + k.mp ? k.p + (j - k.pp) : k.p + k.m + (j - k.pp - k.mp));
         if (j >= k.pp + k.mp && lower_ != upper_) {
             const Index row = lower_ + (j - k.pp - k.mp);
-            if (reinterpret_cast<const int64_t*>(above_)[row * P::S + lane] != 0) place = -1 - place;
+            if (reinterpret_cast<const int64_t*>(held_rows_)[row * P::S + lane] != 0) place = -1 - place;
         }
         saved.held[i] = place;
     }

@@ -1,0 +1,93 @@
+// A team of threads that works on one problem: a whole block, or one warp of it.
+//
+// All of the text in this folder is written against a team, so that the same lines make both variants. A function
+// that takes a team is called by all of its threads, and may be left without a barrier only where it says so.
+#pragma once
+
+#ifndef DIFFOPT_SHIM
+#define DIFFOPT_WARP 32
+#define DIFFOPT_DYNAMIC_SHARED(name) extern __shared__ double name[]
+#endif
+
+namespace diffopt {
+
+constexpr int WARP = DIFFOPT_WARP;
+constexpr unsigned EVERY_LANE = 0xffffffffu;
+
+// NaN, and infinity, compared by arithmetic: run-time compilation comes without headers.
+__device__ inline bool finite(double v) { return v - v == 0.0; }
+
+// Unlike fmax, a NaN on either side wins: what is broken must not look small.
+__device__ inline double larger(double a, double b) { return a >= b || a != a ? a : b; }
+
+struct Sum {
+    __device__ static double of(double a, double b) { return a + b; }
+};
+struct Max {
+    __device__ static double of(double a, double b) { return larger(a, b); }
+};
+
+// The same bits in every lane: a butterfly adds the same pairs on both sides.
+template <class Op>
+__device__ inline double across_warp(double v) {
+    for (int other = WARP / 2; other > 0; other /= 2) v = Op::of(v, __shfl_xor_sync(EVERY_LANE, v, other));
+    return v;
+}
+
+// scratch: one double a thread, and flag: one int, both shared by the team.
+template <bool WHOLE_BLOCK>
+struct Team {
+    int rank, size;
+    double* scratch;
+    int* flag;
+
+    __device__ int lane() const { return rank % WARP; }
+    __device__ int warp() const { return rank / WARP; }
+    __device__ int warps() const { return size / WARP; }
+
+    __device__ void sync() const {
+        if constexpr (WHOLE_BLOCK) {
+            __syncthreads();
+        } else {
+            __syncwarp();
+        }
+    }
+
+    // Combine each v[i] over the team; all threads get the result, in an order that is always the same.
+    // N is at most WARP, so that the scratch memory holds N numbers a warp.
+    template <class Op, int N>
+    __device__ void combine(double (&v)[N]) const {
+        for (int i = 0; i < N; ++i) v[i] = across_warp<Op>(v[i]);
+        if constexpr (WHOLE_BLOCK) {
+            // In rounds of what the scratch memory holds.
+            constexpr int ROUND = N < WARP ? N : WARP;
+            for (int first = 0; first < N; first += ROUND) {
+                for (int i = first; i < N && i < first + ROUND; ++i) {
+                    if (lane() == 0) scratch[warp() * ROUND + i - first] = v[i];
+                }
+                sync();
+                for (int i = first; i < N && i < first + ROUND; ++i) {
+                    v[i] = scratch[i - first];
+                    for (int w = 1; w < warps(); ++w) v[i] = Op::of(v[i], scratch[w * ROUND + i - first]);
+                }
+                sync();  // the scratch memory is free again
+            }
+        }
+    }
+
+    template <int N>
+    __device__ void sum(double (&v)[N]) const {
+        combine<Sum>(v);
+    }
+    template <int N>
+    __device__ void max(double (&v)[N]) const {
+        combine<Max>(v);
+    }
+    __device__ bool any(bool mine) const {
+        double v[1] = {mine ? 1.0 : 0.0};
+        max(v);
+        return v[0] > 0;
+    }
+};
+
+}  // namespace diffopt
