@@ -14,7 +14,7 @@ INLINE void tile(typename P::Vec (&acc)[R][C], const double* A, Index lda, Index
     using Vec = typename P::Vec;
     const double* a = A + (k0 * lda + i) * P::S;
     const double* b = B + k0 * ldb * P::S + q * P::W;
-    for (Index k = k0; k < k1; k++, a += lda * P::S, b += ldb * P::S) {
+    for (Index count = k1 - k0; count > 0; count--, a += lda * P::S, b += ldb * P::S) {
         Vec row[C];
         for (int c = 0; c < C; c++) row[c] = P::load(b + c * P::W);
         for (int r = 0; r < R; r++) {
@@ -87,7 +87,10 @@ Pivots<P> cholesky(const double* S, Index lds, const double* extra, double* U, I
     const Index packs = padded<P>(n) / P::E;
     row_blocks(n, [&](auto rows, Index j) {
         constexpr int R = decltype(rows)::value;
-        const Index q0 = j / P::E, corner_packs = (j + R - 1) / P::E + 1 - q0;
+        // The packs that hold the corner. (Blocks are aligned: a corner never straddles packs that it could fit in.)
+        constexpr int CORNER = R > P::E ? R / P::E : 1;
+        const Index q0 = j / P::E;
+        double* const row = U + j * ld * P::S;
         Corner<P, R> corner;
         auto accumulate = [&](auto& acc, Index q, auto count) {
             constexpr int C = decltype(count)::value;
@@ -95,50 +98,60 @@ Pivots<P> cholesky(const double* S, Index lds, const double* extra, double* U, I
                 for (int c = 0; c < C; c++) acc[r][c] = P::load(S + (j + r) * lds * P::S + (q + c) * P::W);
             tile<P, true, R, C>(acc, U, ld, j, U, ld, q, 0, j);
         };
-        // The packs that hold the corner go to memory first, and the corner is factored from there.
-        for (Index q = q0; q < q0 + corner_packs; q++) {
-            Vec acc[R][1];
-            accumulate(acc, q, Constant<1>{});
-            for (int r = 0; r < R; r++) P::store(U + (j + r) * ld * P::S + q * P::W, acc[r][0]);
-        }
-        for (int r = 0; r < R; r++) {
-            for (int t = r; t < R; t++) corner.u[r][t] = P::get(U + (j + r) * ld * P::S, j + t);
-            if (extra) corner.u[r][r] += P::get(extra, j + r);
-        }
-        for (int r = 0; r < R; r++) {
-            for (int t = 0; t < r; t++)
-                for (int k = r; k < R; k++) corner.u[r][k] = fnma(corner.u[t][r], corner.u[t][k], corner.u[r][k]);
-            const Number pivot = corner.u[r][r];
-            const auto good = (pivot > 0.0) & (pivot < INF);
-            pivots.positive = pivots.positive & good;
-            pivots.smallest = vmin(pivot, pivots.smallest);
-            pivots.largest = vmax(pivot, pivots.largest);
-            const Number root = vsqrt(select(good, pivot, Number{} + 1.0));  // a failed problem stays finite
-            corner.inverse[r] = 1.0 / root;
-            P::put(inv, j + r, corner.inverse[r]);
-            for (int k = r + 1; k < R; k++) corner.u[r][k] *= corner.inverse[r];
-        }
-        for (Index q = q0; q < q0 + corner_packs; q++) {
-            Vec v[R][1];
-            for (int r = 0; r < R; r++) v[r][0] = P::load(U + (j + r) * ld * P::S + q * P::W);
-            corner.template solve_transposed<1>(v);
-            for (int r = 0; r < R; r++) P::store(U + (j + r) * ld * P::S + q * P::W, v[r][0]);
-        }
-        for (int r = 0; r < R; r++) {
-            for (Index i = q0 * P::E; i < j + r; i++) P::put(U + (j + r) * ld * P::S, i, Number{});
-            for (int t = r + 1; t < R; t++) P::put(U + (j + r) * ld * P::S, j + t, corner.u[r][t]);
-            P::put(U + (j + r) * ld * P::S, j + r, 1.0 / corner.inverse[r]);
-        }
-        row_tiles<R>(j, q0 + corner_packs, packs, [&](auto, auto count, Index, Index q) {
+        auto finish = [&](auto& acc, Index q, auto count) {
             constexpr int C = decltype(count)::value;
-            Vec acc[R][C];
-            accumulate(acc, q, count);
             corner.template solve_transposed<C>(acc);
             for (int r = 0; r < R; r++)
-                for (int c = 0; c < C; c++) P::store(U + (j + r) * ld * P::S + (q + c) * P::W, acc[r][c]);
+                for (int c = 0; c < C; c++) P::store(row + r * ld * P::S + (q + c) * P::W, acc[r][c]);
+        };
+        // The first tile holds the corner: to memory, factored from there, and the rest of the tile waits in registers.
+        auto first = [&](auto count) {
+            constexpr int C = decltype(count)::value;
+            Vec acc[R][C];
+            accumulate(acc, q0, count);
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < CORNER; c++) P::store(row + r * ld * P::S + (q0 + c) * P::W, acc[r][c]);
+            for (int r = 0; r < R; r++) {
+                for (int t = r; t < R; t++) corner.u[r][t] = P::get(row + r * ld * P::S, j + t);
+                if (extra) corner.u[r][r] += P::get(extra, j + r);
+            }
+            for (int r = 0; r < R; r++) {
+                const Number pivot = corner.u[r][r];
+                const auto good = (pivot > 0.0) & (pivot < INF);
+                pivots.positive = pivots.positive & good;
+                pivots.smallest = vmin(pivot, pivots.smallest);
+                pivots.largest = vmax(pivot, pivots.largest);
+                corner.u[r][r] = select(good, pivot, Number{} + 1.0);  // a failed problem stays finite
+                // Roots are slow, so they are kept out of the chain from pivot to pivot.
+                const Number inverse = 1.0 / corner.u[r][r];
+                for (int t = r + 1; t < R; t++) {
+                    const Number factor = corner.u[r][t] * inverse;
+                    for (int c = t; c < R; c++) corner.u[t][c] = fnma(factor, corner.u[r][c], corner.u[t][c]);
+                }
+            }
+            for (int r = 0; r < R; r++) {
+                corner.u[r][r] = vsqrt(corner.u[r][r]);
+                corner.inverse[r] = 1.0 / corner.u[r][r];
+                P::put(inv, j + r, corner.inverse[r]);
+                for (int t = r + 1; t < R; t++) corner.u[r][t] *= corner.inverse[r];
+            }
+            finish(acc, q0, count);
+            for (int r = 0; r < R; r++) {
+                for (Index i = q0 * P::E; i < j + r; i++) P::put(row + r * ld * P::S, i, Number{});
+                for (int t = r; t < R; t++) P::put(row + r * ld * P::S, j + t, corner.u[r][t]);
+            }
+        };
+        Index q = q0 + CORNER;
+        if (CORNER == 1 && packs - q0 >= 3) first(Constant<3>{}), q = q0 + 3;
+        else if (CORNER == 1 && packs - q0 == 2) first(Constant<2>{}), q = q0 + 2;
+        else first(Constant<CORNER>{});
+        row_tiles<R>(j, q, packs, [&](auto, auto count, Index, Index at) {
+            Vec acc[R][decltype(count)::value];
+            accumulate(acc, at, count);
+            finish(acc, at, count);
         });
-        for (Index q = 0; q < q0; q++)
-            for (int r = 0; r < R; r++) P::store(U + (j + r) * ld * P::S + q * P::W, Vec{});
+        for (Index z = 0; z < q0; z++)
+            for (int r = 0; r < R; r++) P::store(row + r * ld * P::S + z * P::W, Vec{});
     });
     return pivots;
 }

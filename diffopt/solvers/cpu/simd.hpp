@@ -58,9 +58,9 @@ INLINE double fnma(double a, double b, double c) { return c - a * b; }
 
 INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a : b; }
 INLINE double select(bool m, double a, double b) { return m ? a : b; }
-INLINE Vec select(Mask m, Vec a, double b) { return m ? a : Vec{} + b; }
-INLINE Vec select(Mask m, double a, Vec b) { return m ? Vec{} + a : b; }
-INLINE Vec select(Mask m, double a, double b) { return m ? Vec{} + a : Vec{} + b; }
+INLINE Vec select(Mask m, Vec a, double b) { return m ? a : b - Vec{}; }
+INLINE Vec select(Mask m, double a, Vec b) { return m ? a - Vec{} : b; }
+INLINE Vec select(Mask m, double a, double b) { return m ? a - Vec{} : b - Vec{}; }
 // Where a is NaN both return b. (One instruction, which compilers do not find behind the comparison.)
 #if defined(__AVX512F__)
 INLINE Vec vmax(Vec a, Vec b) { return (Vec)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b); }
@@ -148,7 +148,8 @@ struct Wide {
     static INLINE void store(double* p, Vec v) { std::memcpy(p, &v, sizeof v); }
     static INLINE Mask load_mask(const double* p) { Mask v; std::memcpy(&v, p, sizeof v); return v; }
     static INLINE void store_mask(double* p, Mask v) { std::memcpy(p, &v, sizeof v); }
-    static INLINE Vec splat(double x) { return Vec{} + x; }
+    // (x - 0 is x for every x, so no subtraction is left of this; 0 + x is not for x = -0.)
+    static INLINE Vec splat(double x) { return x - Vec{}; }
     static INLINE Vec splat(Vec x) { return x; }
 };
 

@@ -88,7 +88,7 @@ __device__ inline void factor_diagonal(const Team& team, const Packed& M, int k0
 // Cholesky factor of the first `count` columns of M; what lies below and to the right becomes the Schur complement.
 // Diagonal blocks end as the inverses of the factor's. Returns whether all pivots were positive. M is complete on entry.
 template <class Team>
-__device__ inline bool cholesky(const Team& team, const Packed& M, int count) {
+DIFFOPT_STEP bool cholesky(const Team& team, const Packed& M, int count) {
     if (team.rank == 0) *team.flag = 0;
     team.sync();
     for (int k0 = 0; k0 < count; k0 += PANEL) {
@@ -134,7 +134,7 @@ __device__ inline bool cholesky(const Team& team, const Packed& M, int count) {
 
 // The smallest and the largest squared pivot of the first `count` columns of a factor; (1, 1) for none.
 template <class Team>
-__device__ inline void pivot_range(const Team& team, const Packed& M, int count, double& least, double& most) {
+DIFFOPT_STEP void pivot_range(const Team& team, const Packed& M, int count, double& least, double& most) {
     // Of 1 / pivot both extremes are maxima.
     double v[2] = {0.0, 0.0};
     for (int k = team.rank; k < count; k += team.size) {
@@ -149,7 +149,7 @@ __device__ inline void pivot_range(const Team& team, const Packed& M, int count,
 
 // Solve L out = v with the first `count` columns of a factor. v is complete on entry and used up.
 template <class Team>
-__device__ inline void solve_lower(const Team& team, const Packed& M, int count, double* v, double* out) {
+DIFFOPT_STEP void solve_lower(const Team& team, const Packed& M, int count, double* v, double* out) {
     for (int k0 = 0; k0 < count; k0 += PANEL) {
         const int k1 = lesser(k0 + PANEL, count);
         for (int i = k0 + team.rank; i < k1; i += team.size) {
@@ -171,7 +171,7 @@ __device__ inline void solve_lower(const Team& team, const Packed& M, int count,
 
 // Solve L' out = v, likewise.
 template <class Team>
-__device__ inline void solve_upper(const Team& team, const Packed& M, int count, double* v, double* out) {
+DIFFOPT_STEP void solve_upper(const Team& team, const Packed& M, int count, double* v, double* out) {
     for (int k1 = count; k1 > 0;) {
         const int k0 = (k1 - 1) / PANEL * PANEL;
         for (int j = k0 + team.rank; j < k1; j += team.size) {
@@ -194,7 +194,7 @@ __device__ inline void solve_upper(const Team& team, const Packed& M, int count,
 
 // V <- L^-1 V for an n x columns matrix, row by row with `ld` numbers a row, and a factor L of n columns.
 template <class Team>
-__device__ inline void solve_lower_columns(const Team& team, const Packed& L, double* V, int ld, int columns) {
+DIFFOPT_STEP void solve_lower_columns(const Team& team, const Packed& L, double* V, int ld, int columns) {
     const int n = L.dim;
     for (int k0 = 0; k0 < n; k0 += PANEL) {
         const int k1 = lesser(k0 + PANEL, n), width = k1 - k0;
@@ -233,7 +233,7 @@ __device__ inline void solve_lower_columns(const Team& team, const Packed& L, do
 
 // M <- V'V, the lower triangle, for V as above with M.dim columns. Ends without a barrier.
 template <class Team>
-__device__ inline void gram(const Team& team, const double* V, int ld, int n, const Packed& M) {
+DIFFOPT_STEP void gram(const Team& team, const double* V, int ld, int n, const Packed& M) {
     const int items = M.dim * ((M.dim + TILE - 1) / TILE);
     for (int item = team.rank; item < items; item += team.size) {
         const int i = item % M.dim, j0 = item / M.dim * TILE;
@@ -254,7 +254,7 @@ __device__ inline void gram(const Team& team, const double* V, int ld, int n, co
 // out <- M v for a matrix in global memory, row by row with `ld` numbers a row: a warp for each row, so that loads
 // coalesce. v is complete on entry. Ends without a barrier.
 template <class T, class Team>
-__device__ inline void times(const Team& team, const T* M, int rows, int columns, int ld, const double* v, double* out) {
+DIFFOPT_STEP void times(const Team& team, const T* M, int rows, int columns, int ld, const double* v, double* out) {
     for (int i = team.warp(); i < rows; i += team.warps()) {
         double sum = 0;
         for (int j = team.lane(); j < columns; j += WARP) sum += double(M[(long long)i * ld + j]) * v[j];
@@ -266,7 +266,7 @@ __device__ inline void times(const Team& team, const T* M, int rows, int columns
 // out <- M' v, likewise: a thread for each column, or several where the team has more threads than there are columns,
 // for what takes time is waiting for memory. Ends with a barrier, and uses the scratch memory.
 template <class T, class Team>
-__device__ inline void times_transposed(
+DIFFOPT_STEP void times_transposed(
     const Team& team, const T* M, int rows, int columns, int ld, const double* v, double* out) {
     const int parts = columns > 0 && columns < team.size ? team.size / columns : 1;
     if (parts == 1) {

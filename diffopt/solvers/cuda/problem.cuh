@@ -135,7 +135,7 @@ __device__ inline double power_of_two(double v, int step) {
 // Q: its symmetric part; V: [A' G'], unscaled. Scratch: by_x and norm (n), by_row (p + m).
 // Reference: Ruiz (2001), with the largest magnitude as norm.
 template <class Team>
-__device__ inline void equilibrate(
+DIFFOPT_STEP void equilibrate(
     const Team& team, const Sizes& z, const Packed& Q, const double* V, Scaling& scale, double* by_x, double* norm,
     double* by_row) {
     const int n = z.n, rows = z.p + z.m, passes = 6;

@@ -9,6 +9,10 @@
 #define DIFFOPT_DYNAMIC_SHARED(name) extern __shared__ double name[]
 #endif
 
+// A function of some length that several places call: compiled once for each team and dtype. With all of it inline the
+// compiler takes a minute.
+#define DIFFOPT_STEP __device__ __noinline__
+
 namespace diffopt {
 
 constexpr int WARP = DIFFOPT_WARP;
@@ -53,10 +57,10 @@ struct Team {
         }
     }
 
-    // Combine each v[i] over the team; all threads get the result, in an order that is always the same.
-    // N is at most WARP, so that the scratch memory holds N numbers a warp.
+    // Combine each v[i] over the team; all threads get the result, in an order that is always the same. A barrier, too.
     template <class Op, int N>
     __device__ void combine(double (&v)[N]) const {
+        if constexpr (!WHOLE_BLOCK) sync();  // shuffles alone order no memory
         for (int i = 0; i < N; ++i) v[i] = across_warp<Op>(v[i]);
         if constexpr (WHOLE_BLOCK) {
             // In rounds of what the scratch memory holds.

@@ -1,0 +1,313 @@
+// The interior-point loop on the directions' forces alone: x, nu and Q have dropped out of it, so that stationarity and
+// the equalities hold exactly. Mehrotra's method as in diffopt/solvers/interior_point.py, which has the references.
+#pragma once
+#include "cone.cuh"
+#include "polish.cuh"
+
+namespace diffopt {
+
+constexpr double AHEAD = 1e-4;         // how far complementarity may fall below the residual before it is held
+constexpr double FAR = 1e6;            // side of a row, equilibrated, beyond which it counts less at the start
+constexpr double SHIFT = 1e-10;        // regularisation of the matrix of a step, equilibrated
+constexpr double WORTH_TRYING = 1e-3;  // relative residual at which an active set that has repeated is tried
+constexpr double CONVERGED = 1e-9;     // ... and at which any is, and at which the loop has reached its own end
+constexpr int AFTERTHOUGHTS = 3;       // iterations beyond that end in which the active set may still settle
+constexpr int FLIPS = 4;               // rounds in which a last active set may change by its own signs
+
+struct Measure {
+    double mu, residual;
+    bool repeated, untried;
+};
+
+// u = u_free - P f, and from it the residual; reads the active set off into at.active.
+template <class Team>
+DIFFOPT_STEP Measure measure(const Team& team, const Sizes& z, const Memory& at, const Reduced& reduced) {
+    // f'u_pull, f'(u_free - u_pull), f'Pf, d'z, the gap z'(d - C x), s'z
+    double sums[6] = {0, 0, 0, 0, 0, 0};
+    // Errors and sizes, equilibrated and original; whether the set is a new one, and whether it has not been tried.
+    double most[6] = {0, reduced.b_size, 0, reduced.b_size_o, 0, 0};
+    for (int k = team.rank; k < z.c; k += team.size) {
+        double push = 0;
+#pragma unroll 4
+        for (int j = 0; j < k; ++j) push += at.P(z, k, j) * at.f[j];
+#pragma unroll 4
+        for (int j = k; j < z.c; ++j) push += at.P(z, j, k) * at.f[j];
+        const double u = at.u_free[k] - push, f = at.f[k];
+        const double unit = k < z.m ? 1 / at.scale.rows[z.p + k] : at.scale.d[k - z.m];
+        at.u[k] = u;
+        sums[0] += f * at.u_pull[k];
+        sums[1] += f * (at.u_free[k] - at.u_pull[k]);
+        sums[2] += f * push;
+        int active = 0;
+        z.each_row(k, [&](int row, double sign) {
+            const double side = at.side[row];
+            if (!present(side)) return;
+            const double over = sign * u - side, size = larger(fabs(u), fabs(side));
+            sums[3] += side * at.z[row];
+            sums[4] -= at.z[row] * over;
+            sums[5] += cone::complementarity(at.s[row], at.z[row]);
+            most[0] = larger(most[0], over);
+            most[1] = larger(most[1], size);
+            most[2] = larger(most[2], over * unit);
+            most[3] = larger(most[3], size * unit);
+            if (cone::active(at.s[row], at.z[row]) && active == 0) active = int(sign);
+        });
+        at.active[k] = active;
+        if (active != at.last[k]) most[4] = 1;
+        if (active != at.tried[k]) most[5] = 1;
+        at.last[k] = active;
+    }
+    team.sum(sums);
+    team.max(most);
+    const double cost = at.scale.cost;
+    const double xQx = reduced.xQx - 2 * sums[0] + sums[2], qx = reduced.qx + sums[0], bnu = reduced.bnu - sums[1];
+    const double terms = larger(larger(fabs(xQx), fabs(qx)), larger(fabs(bnu), fabs(sums[3])));
+    const double gap = fabs(sums[4]);
+    double residual = larger(most[0] / (1 + most[1]), most[2] / (1 + most[3]));
+    residual = larger(residual, larger(gap / (1 + terms), gap / (cost + terms)));  // gap/cost over 1 + terms/cost
+    return {sums[5] / (reduced.rows > 0 ? reduced.rows : 1), residual, most[4] == 0, most[5] != 0};
+}
+
+// K <- P + diag(1/w + shift), factored; directions without rows are left out. at.flex: 1/w, or -1 for those.
+template <class Team>
+DIFFOPT_STEP bool factor_step(const Team& team, const Sizes& z, const Memory& at) {
+    team.sync();
+    for (int j = 0; j < z.c; ++j) {
+        for (int i = j + team.rank; i < z.c; i += team.size) {
+            const bool there = at.flex[i] >= 0 && at.flex[j] >= 0;
+            const double own = at.flex[i] < 0 ? 1.0 : at.flex[i] + SHIFT;
+            at.K(i, j) = (there ? at.P(z, i, j) : 0.0) + (i == j ? own : 0.0);
+        }
+    }
+    return cholesky(team, at.K, z.c);
+}
+
+// at.kkt.force <- K^-1 at.kkt.r_a.
+template <class Team>
+__device__ inline void solve_step(const Team& team, const Sizes& z, const Memory& at) {
+    team.sync();
+    solve_lower(team, at.K, z.c, at.kkt.r_a, at.kkt.rest);
+    solve_upper(team, at.K, z.c, at.kkt.rest, at.kkt.force);
+}
+
+// The first iterate: the minimiser of the objective plus half the sum of squared distances from the sides, and s and z from
+// these. A row whose side is far away counts less, so that a bound of 1e12 that nobody will meet pulls nothing there.
+template <class Team>
+DIFFOPT_STEP bool start(const Team& team, const Sizes& z, const Memory& at) {
+    for (int k = team.rank; k < z.c; k += team.size) {
+        double weight = 0, pull = 0;
+        z.each_row(k, [&](int row, double sign) {
+            if (!present(at.side[row])) return;
+            const double away = larger(1.0, fabs(at.side[row]) / FAR), e = away * away;
+            weight += 1 / e;
+            pull += sign * at.side[row] / e;
+        });
+        at.flex[k] = weight > 0 ? 1 / weight : -1.0;
+        at.kkt.r_a[k] = weight > 0 ? at.u_free[k] - pull / weight : 0.0;
+        at.last[k] = at.tried[k] = 2;  // no set at all
+    }
+    if (!factor_step(team, z, at)) return false;
+    solve_step(team, z, at);
+    double most[4] = {-cone::UNLIMITED, 0, -cone::UNLIMITED, 0};  // minus the lowest, and the largest size, of s and z
+    for (int k = team.rank; k < z.c; k += team.size) {
+        double u = at.u_free[k];
+        for (int j = 0; j < z.c; ++j) u -= (j < k ? at.P(z, k, j) : at.P(z, j, k)) * at.kkt.force[j];
+        z.each_row(k, [&](int row, double sign) {
+            at.s[row] = at.z[row] = 1;
+            if (!present(at.side[row])) return;
+            const double away = larger(1.0, fabs(at.side[row]) / FAR), e = away * away;
+            at.s[row] = at.side[row] - sign * u;
+            at.z[row] = -at.s[row] / e;
+            most[0] = larger(most[0], -at.s[row]);
+            most[1] = larger(most[1], fabs(at.s[row]));
+            most[2] = larger(most[2], -at.z[row]);
+            most[3] = larger(most[3], fabs(at.z[row]));
+        });
+    }
+    team.max(most);
+    if (!finite(most[1]) || !finite(most[3])) return false;
+    const double shift_s = cone::start_shift(-most[0], most[1]), shift_z = cone::start_shift(-most[2], most[3]);
+    for (int k = team.rank; k < z.c; k += team.size) {
+        z.each_row(k, [&](int row, double) {
+            if (!present(at.side[row])) return;
+            at.s[row] += shift_s;
+            at.z[row] += shift_z;
+            if (at.s[row] > FAR) at.z[row] = fmin(at.z[row], FAR / at.s[row]);  // else such rows alone would set mu
+        });
+    }
+    return true;
+}
+
+// One direction, into at.ds and at.dz: affine, or with the corrector, whose target is centre - at.product. Returns the
+// longest step inside the cone, at most 1. at.kkt.force then holds the forces' change.
+template <class Team>
+DIFFOPT_STEP double direction(const Team& team, const Sizes& z, const Memory& at, bool corrector, double centre) {
+    auto target_of = [&](int row) { return corrector ? centre - at.product[row] : 0.0; };
+    for (int k = team.rank; k < z.c; k += team.size) {
+        double pull = 0;
+        z.each_row(k, [&](int row, double sign) {
+            if (!present(at.side[row])) return;
+            const double s = at.s[row], r = sign * at.u[k] + s - at.side[row];
+            pull += sign * cone::side(r, s, at.z[row], target_of(row)) / cone::ratio(s, at.z[row]);
+        });
+        at.gamma[k] = at.flex[k] < 0 ? 0.0 : pull * at.flex[k];
+        at.kkt.r_a[k] = -at.gamma[k];
+    }
+    solve_step(team, z, at);
+    double blocked[1] = {-1};  // minus the longest step
+    for (int k = team.rank; k < z.c; k += team.size) {
+        if (at.flex[k] < 0) continue;
+        const double force = at.kkt.force[k], du = force * at.flex[k] + at.gamma[k];
+        // Of a variable's two bounds the one with the smaller weight is computed directly; the other takes the rest of
+        // the combined force, which the system knows accurately.
+        double direct[2] = {0, 0}, e[2] = {0, 0};
+        bool on[2] = {false, false};
+        z.each_row(k, [&](int row, double sign) {
+            if (!present(at.side[row])) return;
+            const int place = sign > 0;
+            const double s = at.s[row], r = sign * at.u[k] + s - at.side[row];
+            on[place] = true;
+            e[place] = cone::ratio(s, at.z[row]);
+            direct[place] = (sign * du - cone::side(r, s, at.z[row], target_of(row))) / e[place];
+        });
+        const bool lower_is_light = on[1] && (!on[0] || e[0] >= e[1]);
+        if (lower_is_light) {
+            direct[1] = force + (on[0] ? direct[0] : 0.0);
+        } else {
+            direct[0] = (on[1] ? direct[1] : 0.0) - force;
+        }
+        z.each_row(k, [&](int row, double sign) {
+            if (!present(at.side[row])) return;
+            const double s = at.s[row], v = at.z[row], r = sign * at.u[k] + s - at.side[row];
+            const double dz = direct[sign > 0];
+            at.dz[row] = dz;
+            at.ds[row] = cone::slack_step(r, s, v, target_of(row), sign * du, dz);
+            blocked[0] = larger(blocked[0], -cone::reach(s, at.ds[row]));
+            blocked[0] = larger(blocked[0], -cone::reach(v, dz));
+        });
+    }
+    team.max(blocked);
+    return -blocked[0];
+}
+
+// Try the active set at.active. At the loop's end it may change by its own signs, and the tolerance is what counts.
+template <class T, class Team>
+__device__ inline bool polish(
+    const Team& team, const Sizes& z, const Instance<T>& data, const Forward<T>& task, const Memory& at,
+    const Reduced& reduced, ActiveFactor& F, bool end, Quality& quality) {
+    const double accept = end ? task.tolerance : fmin(EXACT, task.tolerance);
+    team.sync();
+    for (int round = 0; round < FLIPS; ++round) {
+        bool flipped;
+        const bool last = round + 1 == FLIPS;
+        if (solve_active(team, z, data, at, reduced, F, accept, end && !last, quality, flipped)) return true;
+        if (!flipped) return false;
+    }
+    return false;
+}
+
+// Iterate until an active set proves right. Returns whether one did; its point is then in place for `store`.
+template <class T, class Team>
+DIFFOPT_STEP bool iterate(
+    const Team& team, const Sizes& z, const Instance<T>& data, const Forward<T>& task, const Memory& at,
+    const Reduced& reduced, ActiveFactor& F, Quality& quality, int& iterations) {
+    if (!start(team, z, at)) return false;
+    double last_mu = cone::UNLIMITED;
+    int slow = 0, stalled = 0, past_end = 0;
+    bool broken = false;
+    for (iterations = 0;; ++iterations) {
+        // Forces from multipliers, so that the point is stationary for the multipliers there are.
+        for (int k = team.rank; k < z.c; k += team.size) {
+            double force = 0;
+            z.each_row(k, [&](int row, double sign) {
+                if (present(at.side[row])) force += sign * at.z[row];
+            });
+            at.f[k] = force;
+        }
+        team.sync();
+        const Measure now = measure(team, z, at, reduced);
+        if (!finite(now.residual)) return false;
+        const bool end = now.residual <= CONVERGED;
+        const bool last = iterations >= task.max_iterations || stalled >= 3 || past_end >= AFTERTHOUGHTS || broken;
+        const bool worth = (now.repeated && now.residual <= WORTH_TRYING) || end;
+        if (last || reduced.rows == 0 || (worth && now.untried) || (end && past_end == 0)) {
+            for (int k = team.rank; k < z.c; k += team.size) at.tried[k] = at.active[k];
+            if (polish(team, z, data, task, at, reduced, F, end || last, quality)) return true;
+        }
+        if (last || reduced.rows == 0) return false;
+        if (end) ++past_end;
+
+        for (int k = team.rank; k < z.c; k += team.size) {
+            double weight = 0;
+            z.each_row(k, [&](int row, double) {
+                if (present(at.side[row])) weight += 1 / cone::ratio(at.s[row], at.z[row]);
+            });
+            at.flex[k] = weight > 0 ? 1 / weight : -1.0;
+        }
+        if (!factor_step(team, z, at)) return false;
+        double alpha = direction(team, z, at, false, 0.0);
+        double sums[1] = {0};
+        for (int k = team.rank; k < z.c; k += team.size) {
+            z.each_row(k, [&](int row, double) {
+                if (!present(at.side[row])) return;
+                const double s = at.s[row] + alpha * at.ds[row], v = at.z[row] + alpha * at.dz[row];
+                sums[0] += cone::complementarity(s, v);
+                at.product[row] = at.ds[row] * at.dz[row];
+            });
+        }
+        team.sum(sums);
+        // sigma = (mu_affine / mu)^3; but complementarity must not run ahead of feasibility.
+        const double share = fmin(fmax(sums[0] / reduced.rows / (now.mu > 0 ? now.mu : 1.0), 0.0), 1.0);
+        const double sigma = now.mu < AHEAD * now.residual ? 1.0 : share * share * share;
+        const double reach = direction(team, z, at, true, sigma * now.mu);
+        double eta = fmin(fmax(1 - now.mu, 0.995), 1 - 1e-7);
+        // An iterate far from the centre is blocked again and again; short steps let the centring work.
+        slow += now.mu > 0.7 * last_mu;
+        if (slow >= 2 && reach < 0.9) eta = 0.9;
+        alpha = fmin(eta * reach, 1.0);
+        for (int k = team.rank; k < z.c; k += team.size) {
+            z.each_row(k, [&](int row, double) {
+                if (!present(at.side[row])) return;
+                at.s[row] += alpha * at.ds[row];
+                at.z[row] += alpha * at.dz[row];
+            });
+        }
+        stalled = alpha < 1e-4 ? stalled + 1 : 0;
+        last_mu = now.mu;
+    }
+}
+
+// Solve instance i.
+template <class T, class Team>
+__device__ inline void solve_instance(Team& team, const Forward<T>& task, long long i, double* shared) {
+    const Sizes z(int(task.n), int(task.p), int(task.m), task.lower != nullptr, task.upper != nullptr);
+    const Instance<T> data(task, i);
+    Memory at(z, shared, team);
+    const Kept kept(z, task.kept, task.lists, i);
+    Reduced reduced;
+    Quality quality;
+    int iterations = 0;
+    ActiveFactor F = {{at.second_L, z.n}, {at.W.at, z.all}, {at.K.at, 0}, kept.V, at.list, 0};
+    if (prepare(team, z, data, at, kept, reduced) &&
+        iterate(team, z, data, task, at, reduced, F, quality, iterations)) {
+        store(team, z, task, at, kept, F, quality, i, iterations);
+        return;
+    }
+    // Left to another executor; NaN, so that nobody takes what happens to lie there for an answer.
+    const double nothing = nan("");
+    auto fill = [&](T* to, int count) {
+        for (int k = team.rank; k < count; k += team.size) to[i * count + k] = T(nothing);
+    };
+    fill(task.x, z.n), fill(task.s, z.m), fill(task.lam, z.m), fill(task.nu, z.p);
+    fill(task.lam_lower, z.n), fill(task.lam_upper, z.n);
+    if (team.rank == 0) {
+        task.status[i] = 0;
+        for (int k = 0; k < 3; ++k) {
+            task.counts[k * task.batch + i] = k == 0 ? iterations : 0;
+            task.residuals[k * task.batch + i] = nothing;
+        }
+        atomicAdd(task.unsolved, 1);
+    }
+}
+
+}  // namespace diffopt
