@@ -119,12 +119,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
     values = found.point
     point = values
     if attached:
-        # The graph of the outputs will hold this, and must not hold the outputs: the tensors below are put back.
-        hollow = found._replace(point=_NO_POINT)
-        task = _Pulled.Task(form, hollow, others, kink_rule, weak_tolerance)
-        outputs = [values.x, values.s, values.lam, values.nu, values.lam_lower, values.lam_upper]
-        x, s, lam, nu, lower, upper = _Pulled.apply(task, outputs, *form.tensors().values())
-        point = kkt.Point(x, s, nu, lam, lower, upper)
+        point = _pulled_point(form, found, others, kink_rule, weak_tolerance)
 
     def value() -> Tensor:
         failed = _failed(found.status)
@@ -143,56 +138,85 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
     )
 
 
-_NO_POINT = kkt.Point(*[torch.empty(0)] * 6)
+class _Task(NamedTuple):
+    """What a reverse pass needs beside the tensors that autograd saves: the form; the solution, its point empty where
+    outputs stood; which of x, s, nu, lam, lam_lower, lam_upper are outputs, and which of the form's tensors are inputs;
+    the instances that stand on their own; and how kinks are read."""
+
+    form: Form
+    found: kkt.Solved
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+    others: list[tuple[int, Prepared]]
+    kink_rule: str
+    weak_tolerance: float
+
+
+_EMPTY = torch.empty(0)
+
+
+def _pulled_point(
+    form: Form, found: kkt.Solved, others: list[tuple[int, Prepared]], kink_rule: str, weak_tolerance: float
+) -> kkt.Point:
+    # Every tensor that autograd handles costs a microsecond or more: what has no entries, or needs no gradient,
+    # stays out. (Where there are no bounds, their multipliers are zero, whatever the data.)
+    bounded = form.lower is not None or form.upper is not None
+    live = (0, *((1, 3) if form.m else ()), *((2,) if form.p else ()), *((4, 5) if bounded else ()))
+    tensors = tuple(form.tensors().values())
+    inputs = tuple([i for i, tensor in enumerate(tensors) if tensor.requires_grad])
+    values = list(found.point)
+    outputs = [values[i] for i in live]
+    # The graph of the outputs holds the task, so the task must not hold the outputs.
+    hollow = [_EMPTY if i in live else v for i, v in enumerate(values)]
+    task = _Task(form, found._replace(point=kkt.Point(*hollow)), live, inputs, others, kink_rule, weak_tolerance)
+    for i, output in zip(live, _Pulled.apply(task, outputs, *[tensors[i] for i in inputs]), strict=True):
+        values[i] = output
+    return kkt.Point(*values)
 
 
 class _Pulled(torch.autograd.Function):
-    """The values of a solution (x, s, lam, nu, lam_lower, lam_upper), whose reverse pass is the solver's own.
+    """The values of a solution, whose reverse pass is the solver's own.
 
     When the reverse pass is itself to be differentiated, the solution is attached anew by its Newton step, and that
     is differentiated: it is right to every order.
     """
 
-    class Task(NamedTuple):
-        """What the reverse pass needs beside tensors: the form, the solution without its point, the instances
-        that stand on their own, and how kinks are read."""
-
-        form: Form
-        found: kkt.Solved
-        others: list[tuple[int, Prepared]]
-        kink_rule: str
-        weak_tolerance: float
-
     @staticmethod
-    def forward(ctx: Any, task: Task, outputs: list[Tensor], *data: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, task: _Task, outputs: list[Tensor], *data: Tensor) -> tuple[Tensor, ...]:
         ctx.task = task
-        # (Saving costs time: what needs no gradient stays in the form.)
-        ctx.save_for_backward(*outputs, *(v for v in data if v.requires_grad))
+        ctx.save_for_backward(*outputs, *data)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        task: _Pulled.Task = ctx.task
-        point, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        needed = ctx.needs_input_grad[2:]
+        task: _Task = ctx.task
+        saved, count = ctx.saved_tensors, len(task.outputs)
+        values, incoming = list(task.found.point), [None] * 6
+        for i, value, grad in zip(task.outputs, saved, grads, strict=False):
+            values[i], incoming[i] = value, grad  # type: ignore[call-overload]
+        point, gradients = kkt.Point(*values), tuple(incoming)
         if torch.is_grad_enabled():
-            form = _with_saved(task.form, saved)
-            found = _differentiated(task, form, point, needed, grads)
-        else:
-            assert task.found.pullback is not None
-            found = task.found.pullback.run(point, grads, needed)
-            if task.others:
-                form = _with_saved(task.form, saved)
-                for index, prepared in task.others:
-                    _add_other(form, index, prepared, grads, found)
-        return (None, None, *found)
+            return None, None, *_differentiated(task, _with_saved(task, saved[count:]), point, gradients)
+        needed = [False] * len(task.form.tensors())
+        for place, need in zip(task.inputs, ctx.needs_input_grad[2:], strict=True):
+            needed[place] = need
+        assert task.found.pullback is not None
+        found = task.found.pullback.run(point, gradients, tuple(needed))
+        if task.others:
+            form = _with_saved(task, saved[count:])
+            for index, prepared in task.others:
+                _add_other(form, index, prepared, gradients, found)
+        return None, None, *[found[i] for i in task.inputs]
 
 
-def _with_saved(form: Form, saved: tuple[Tensor, ...]) -> Form:
+def _with_saved(task: _Task, saved: tuple[Tensor, ...]) -> Form:
     """Return the form with the tensors that need a gradient as autograd saved them."""
-    rest = iter(saved)
-    return form.with_tensors({k: next(rest) if v.requires_grad else v for k, v in form.tensors().items()})
+    tensors = dict(task.form.tensors())
+    names = list(tensors)
+    for place, tensor in zip(task.inputs, saved, strict=True):
+        tensors[names[place]] = tensor
+    return task.form.with_tensors(tensors)
 
 
 def _add_other(
@@ -204,7 +228,7 @@ def _add_other(
     with torch.enable_grad():
         form = form.with_tensors({k: v.detach().requires_grad_() for k, v in form.tensors().items()})
         one = attach(form, prepared)
-        outputs = (one.x, one.s, one.lam, one.nu, one.lam_lower, one.lam_upper)
+        outputs = (one.x, one.s, one.nu, one.lam, one.lam_lower, one.lam_upper)
         used = [
             (v, g.reshape(whole.batch_shape.numel(), g.shape[-1])[index])
             for v, g in zip(outputs, grads, strict=True)
@@ -228,25 +252,19 @@ def _add_other(
             target += torch.where(mine, gradient, 0.0)
 
 
-def _differentiated(
-    task: _Pulled.Task, form: Form, point: tuple[Tensor, ...], needed: tuple[bool, ...],
-    grads: tuple[Tensor | None, ...],
-) -> list[Tensor | None]:  # fmt: skip
+def _differentiated(task: _Task, form: Form, point: kkt.Point, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """Return the reverse pass with a graph of its own."""
-    data = tuple(form.tensors().values())
-    x, s, lam, nu, lower, upper = (v.detach() for v in point)
-    found = task.found._replace(point=kkt.Point(x, s, nu, lam, lower, upper))
+    found = task.found._replace(point=kkt.Point(*(v.detach() for v in point)))
     again = attach(form, prepare(form.detach(), found, task.kink_rule, task.weak_tolerance))
-    outputs = (again.x, again.s, again.lam, again.nu, again.lam_lower, again.lam_upper)
+    outputs = (again.x, again.s, again.nu, again.lam, again.lam_lower, again.lam_upper)
     used = [(v, g) for v, g in zip(outputs, grads, strict=True) if g is not None and v.requires_grad]
-    inputs = [tensor for tensor, need in zip(data, needed, strict=True) if need]
-    gradients = iter(
+    tensors = list(form.tensors().values())
+    return list(
         torch.autograd.grad(
-            [v for v, _ in used], inputs, [g for _, g in used],
+            [v for v, _ in used], [tensors[i] for i in task.inputs], [g for _, g in used],
             create_graph=True, allow_unused=True, materialize_grads=True,
         )
     )  # fmt: skip
-    return [next(gradients) if need else None for need in needed]
 
 
 def _failed(status: Tensor) -> Tensor:

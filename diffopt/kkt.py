@@ -198,11 +198,11 @@ class Pullback(NamedTuple):
     instances that it solved itself; the others (failed, or in `Solved.others`) pass zero.
 
     ``run(point, gradients, needed)``: the gradients for each tensor of the form, in the order of `Form.tensors`
-    (``None`` where not needed), from those for x, s, lam, nu, lam_lower, lam_upper (``None`` is zero) and the values
-    of these six. Shared tensors get the sum over the batch.
+    (``None`` where not needed), from those for the entries of the point, in its order (``None`` is zero). Shared
+    tensors get the sum over the batch.
     """
 
-    run: Callable[[tuple[Tensor, ...], tuple[Tensor | None, ...], tuple[bool, ...]], tuple[Tensor | None, ...]]
+    run: Callable[[Point, tuple[Tensor | None, ...], tuple[bool, ...]], tuple[Tensor | None, ...]]
 
 
 class Solved(NamedTuple):

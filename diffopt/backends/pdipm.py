@@ -150,12 +150,13 @@ def _pullback(executor: Executor, data: Data, answer: Answer) -> kkt.Pullback:
     present = [tensor is not None for tensor in data.tensors()]
 
     def run(
-        point: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+        point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        x, s, lam, nu, lower, upper = point
-        full = empty._replace(x=x, s=s, lam=lam, nu=nu, lam_lower=lower, lam_upper=upper)
+        full = empty._replace(**point._asdict())
+        for_x, for_s, for_nu, for_lam, for_lower, for_upper = gradients
         wants = iter(needed)
-        found = executor.pullback(data, full, gradients, tuple(here and next(wants) for here in present))
+        incoming = (for_x, for_s, for_lam, for_nu, for_lower, for_upper)
+        found = executor.pullback(data, full, incoming, tuple(here and next(wants) for here in present))
         return tuple(gradient for gradient, here in zip(found, present, strict=True) if here)
 
     return kkt.Pullback(run)
