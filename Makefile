@@ -4,6 +4,8 @@
 #   make test       all tests but the slow ones, with the coverage of diffopt/ (at least 95 %)
 #   make slow       the slow tests
 #   make mutations  plant faults in the core one at a time; each must be caught by a test
+#   make sanitize   run the compiled CPU executor under sanitizers, from a C++ program (2 minutes)
+#   make sanitize-suite   its tests from Python, with a library compiled with sanitizers (some minutes)
 #   make accuracy   print the worst errors of x and of all gradients against an exact reference
 #   make lint       format, lint and types
 #   make coverage   make test, then the lines that the measurement leaves out
@@ -27,7 +29,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq -
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu demo test slow mutations accuracy lint format coverage bench bench-scaling docs clean
+.PHONY: help cpu demo test slow mutations sanitize sanitize-suite accuracy lint format coverage bench bench-scaling docs clean
 .NOTPARALLEL:
 
 help:
@@ -82,6 +84,20 @@ slow: $(VENV)/installed-test build/cpu/built
 
 mutations: $(VENV)/installed-test build/cpu/built
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
+
+# Memory errors and undefined behaviour, with registers of two widths; data races.
+sanitize:
+	@printf '%s\n' "address,undefined baseline" "address,undefined avx2" "thread baseline" | \
+		CXX="$(CXX)" xargs -P $(JOBS) -n 2 sh tests/solvers/cpu/sanitize.sh
+
+# (The runtimes come first, as they must; Python's own leaks are not ours. One test measures time, which sanitizers take.)
+SANITIZE_VARIANT ?= avx2
+sanitize-suite: $(VENV)/installed-test
+	CXX="$(CXX)" sh tests/solvers/cpu/sanitize.sh address,undefined $(SANITIZE_VARIANT) library
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 DIFFOPT_CPU_LIBRARY=$(CURDIR)/build/sanitize/libdiffopt_cpu_$(SANITIZE_VARIANT).so \
+		$(PYTEST) -m "not slow" -k "(pdipm or cpu_executor) and not pdipm-torch and not interrupted" \
+		tests/test_contract.py tests/solvers/test_cpu_executor.py
 
 accuracy: $(VENV)/installed-test build/cpu/built
 	OMP_NUM_THREADS=1 $(BIN)/python tests/accuracy.py

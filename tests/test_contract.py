@@ -1,4 +1,4 @@
-"""The contract of a backend, for every registered backend x problem x dtype x device.
+"""The contract of a backend, for every registered backend x executor x problem x dtype x device.
 
 The registry is read: registering a backend is having it tested. A case that a backend refuses must be
 refused with an error of ours that says why.
@@ -6,7 +6,7 @@ refused with an error of ours that says why.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,19 +21,41 @@ from tolerances import DIFFERENCES, GRADIENT, RESIDUAL, answer
 CASE_IDS = [case.name for case in CASES]
 
 
-def settings(backend: str, dtype: torch.dtype) -> diffopt.Settings:
+class Way(NamedTuple):
+    """A backend and who carries out its method."""
+
+    backend: str
+    executor: str = "auto"
+
+    @property
+    def accuracy(self) -> float:
+        """The relative residual that the backend declares."""
+        return diffopt.backends.get(self.backend).can.accuracy
+
+
+# The primary backend with compiled code wherever that takes the problem, and without any.
+WAYS = [*map(Way, diffopt.backends.names()), Way("pdipm", "torch")]
+
+
+@pytest.fixture(scope="session", params=WAYS, ids=lambda way: "-".join(way).removesuffix("-auto"))
+def way(request: pytest.FixtureRequest) -> Way:
+    """Each registered backend, the primary one with each executor."""
+    return request.param
+
+
+def settings(way: Way, dtype: torch.dtype) -> diffopt.Settings:
     """The tolerance that is promised, or the accuracy that the backend declares where that is less."""
-    return diffopt.Settings(tolerance=max(RESIDUAL[dtype], diffopt.backends.get(backend).can.accuracy))
+    return diffopt.Settings(tolerance=max(RESIDUAL[dtype], way.accuracy), executor=way.executor)
 
 
-def refusal(posed: Posed, backend: str) -> str | None:
+def refusal(posed: Posed, way: Way) -> str | None:
     form = posed.problem.standard_form(posed.problem.collect(posed.params))
-    return diffopt.backends.get(backend).supports(form)
+    return diffopt.backends.get(way.backend).supports(form)
 
 
-def solved(posed: Posed, backend: str, dtype: torch.dtype, params: dict[str, Any] | None = None) -> diffopt.Solution:
+def solved(posed: Posed, way: Way, dtype: torch.dtype, params: dict[str, Any] | None = None) -> diffopt.Solution:
     values = posed.params if params is None else params
-    return diffopt.solve(posed.problem, values, backend=backend, settings=settings(backend, dtype))
+    return diffopt.solve(posed.problem, values, backend=way.backend, settings=settings(way, dtype))
 
 
 def tracked(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -58,16 +80,17 @@ def weighted(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_solves(backend: str, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+def test_solves(way: Way, case: Case, dtype: torch.dtype, device: torch.device) -> None:
     posed = case.build(dtype).to(device)
-    if refusal(posed, backend):
-        with pytest.raises(diffopt.BackendUnsupported, match=f"Backend '{backend}' cannot take this problem"):
-            solved(posed, backend, dtype)
+    if refusal(posed, way):
+        with pytest.raises(diffopt.BackendUnsupported, match=f"Backend '{way.backend}' cannot take this problem"):
+            solved(posed, way, dtype)
         return
-    solution = solved(posed, backend, dtype)
+    solution = solved(posed, way, dtype)
     assert bool((solution.status == diffopt.Status.SOLVED).all()), solution
-    assert bool(solution.ok.all()) and solution.backend == backend and solution.executor
-    limit = settings(backend, dtype).tolerance_for(dtype)
+    assert bool(solution.ok.all()) and solution.backend == way.backend and solution.executor
+    assert way.executor == "auto" or solution.executor.startswith(f"{way.executor}:")
+    limit = settings(way, dtype).tolerance_for(dtype)
     for residual in solution.residuals:
         assert residual.shape == solution.status.shape
         assert bool((residual <= limit).all()), solution
@@ -78,27 +101,27 @@ def test_solves(backend: str, case: Case, dtype: torch.dtype, device: torch.devi
     assert solution.value.shape == batch and solution.iterations.shape == batch
     for name in ("s", "lam", "lam_lower", "lam_upper"):
         assert bool((getattr(solution, name) >= 0).all()), name
-    tolerance = answer(diffopt.backends.get(backend).can.accuracy, dtype)
+    tolerance = answer(way.accuracy, dtype)
     for name, expected in posed.answer.items():
         got = getattr(solution, name)
         assert measures.relative(got, expected.expand_as(got)) <= tolerance, (name, got, expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_gradients(backend: str, case: Case, device: torch.device) -> None:
+def test_gradients(way: Way, case: Case, device: torch.device) -> None:
     posed = case.build(torch.float64).to(device)
-    if refusal(posed, backend):
+    if refusal(posed, way):
         return  # what is to be said of it is said above
     if posed.smooth:
         report = diffopt.check.gradients(
-            posed.problem, posed.params, backend=backend, settings=settings(backend, torch.float64),
-            outputs=("x", *(["value"] if backend == "pdipm" else [])), directions=1, tolerance=DIFFERENCES,
+            posed.problem, posed.params, backend=way.backend, settings=settings(way, torch.float64),
+            outputs=("x", *(["value"] if way.backend == "pdipm" else [])), directions=1, tolerance=DIFFERENCES,
         )  # fmt: skip
         assert report.ok, report
         assert all(not row.skipped for row in report.rows), report
     if posed.gradients is not None:
         params, leaves = tracked(posed.params)
-        weights, total = weighted(solved(posed, backend, torch.float64, params).x)
+        weights, total = weighted(solved(posed, way, torch.float64, params).x)
         total.backward()
         for name, expected in posed.gradients(weights.detach().cpu()).items():
             expected = expected.to(device)
@@ -108,18 +131,18 @@ def test_gradients(backend: str, case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_gradients_in_float32(backend: str, case: Case) -> None:
+def test_gradients_in_float32(way: Way, case: Case) -> None:
     found: list[dict[str, Tensor]] = []
     for dtype in (torch.float64, torch.float32):
         posed = case.build(torch.float32)
-        if refusal(posed, backend):
+        if refusal(posed, way):
             return
         wide = {
             name: tuple(v.to(dtype) for v in value) if isinstance(value, tuple) else value.to(dtype)
             for name, value in posed.params.items()
         }
         params, leaves = tracked(wide)
-        _, total = weighted(solved(posed, backend, dtype, params).x)
+        _, total = weighted(solved(posed, way, dtype, params).x)
         total.backward()
         found.append({name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
     assert found[0].keys() == found[1].keys()
@@ -128,11 +151,11 @@ def test_gradients_in_float32(backend: str, case: Case) -> None:
         assert measures.relative(gradient, found[0][name]) <= GRADIENT[torch.float32], name
 
 
-def test_both_copies_of_a_repeated_row_move_x_together(backend: str) -> None:
+def test_both_copies_of_a_repeated_row_move_x_together(way: Way) -> None:
     # x = c - a (a'c - h)/a'a: dx/dh = a/a'a when both sides move; how it is divided is a convention.
     posed = next(case for case in CASES if case.name == "repeated_row").build(torch.float64)
     params, leaves = tracked(posed.params)
-    solution = solved(posed, backend, torch.float64, params)
+    solution = solved(posed, way, torch.float64, params)
     # Duals are not unique: with both multipliers positive one row is dependent, else the other is weakly active.
     assert bool((solution.dependent + solution.weakly_active == 1).all()), (solution.dependent, solution.weakly_active)
     weights, total = weighted(solution.x)
@@ -142,7 +165,7 @@ def test_both_copies_of_a_repeated_row_move_x_together(backend: str) -> None:
     assert float(leaves["h"].grad.sum()) == pytest.approx(float((weights @ a).sum() / 9), abs=GRADIENT[torch.float64])
 
 
-def test_statuses_are_per_instance_and_nothing_raises(backend: str) -> None:
+def test_statuses_are_per_instance_and_nothing_raises(way: Way) -> None:
     """One good instance among every kind of bad one; the good one does not notice."""
     fine = known.quadratic_program(0, 3, 1, 2, bounds="both")
     data = {
@@ -161,36 +184,36 @@ def test_statuses_are_per_instance_and_nothing_raises(backend: str) -> None:
         (5, "PRIMAL_INFEASIBLE"),
     ):
         expected[i] = diffopt.Status[status]
-    solution = diffopt.solve_qp(**data, backend=backend, on_failure="return", settings=settings(backend, torch.float64))
+    solution = diffopt.solve_qp(**data, backend=way.backend, on_failure="return", settings=settings(way, torch.float64))
     found = [diffopt.Status(int(code)) for code in solution.status]
     assert found[3] in (diffopt.Status.PRIMAL_INFEASIBLE, diffopt.Status.NONFINITE_INPUT)
     expected[3] = found[3]
     assert found == expected
     for i in (0, 6):
-        assert measures.relative(solution.x[i], fine.x) <= answer(
-            diffopt.backends.get(backend).can.accuracy, torch.float64
-        )
+        assert measures.relative(solution.x[i], fine.x) <= answer(way.accuracy, torch.float64)
     failed = ~solution.ok
     assert bool(solution.x[failed].isnan().all()) and bool(solution.value[failed].isnan().all())
     with pytest.raises(diffopt.SolveFailed, match=r"batch index \[1\]: NONFINITE_INPUT") as caught:
-        diffopt.solve_qp(**data, backend=backend, settings=settings(backend, torch.float64))
+        diffopt.solve_qp(**data, backend=way.backend, settings=settings(way, torch.float64))
     assert torch.equal(caught.value.solution.status, solution.status)
 
 
-def test_unbounded_problems(backend: str) -> None:
+def test_unbounded_problems(way: Way) -> None:
     problem = known.unbounded_program(0, 3, 1, 2, bounds="lower", batch=(2,))
-    solution = diffopt.solve_qp(**problem.arguments(), backend=backend, on_failure="return")
+    solution = diffopt.solve_qp(
+        **problem.arguments(), backend=way.backend, on_failure="return", settings=settings(way, torch.float64)
+    )
     assert torch.equal(solution.status, problem.status), solution
 
 
 @pytest.mark.parametrize("output", measures.OUTPUTS)
-def test_a_masked_failure_gives_zero_and_an_unmasked_one_nan(backend: str, output: str) -> None:
+def test_a_masked_failure_gives_zero_and_an_unmasked_one_nan(way: Way, output: str) -> None:
     fine = known.quadratic_program(1, 3, 1, 2, bounds="both")
     data: dict[str, Any] = {name: value.expand(3, *value.shape).clone() for name, value in fine.arguments().items()}
     data["lower"][1, 0] = data["upper"][1, 0] + 1
     leaves = measures.tracked(data)
     solution = diffopt.solve_qp(
-        **leaves, backend=backend, on_failure="return", settings=settings(backend, torch.float64)
+        **leaves, backend=way.backend, on_failure="return", settings=settings(way, torch.float64)
     )
     assert solution.ok.tolist() == [True, False, True]
     tensors, value = list(leaves.values()), getattr(solution, output)

@@ -134,16 +134,24 @@ class CpuExecutor(Executor):
                 dG = lam.mT @ flat_q - flat_h.mT @ x
         found = (dQ, dq, dA, db, dG, dh, dlower, dupper)
         return tuple(
-            g.sum_to_size(t.shape) if wanted and g is not None and t is not None and g.shape != t.shape
-            else (g if wanted else None)
-            for g, t, wanted in zip(found, data.tensors(), needed, strict=True)
-        )  # fmt: skip
+            _in_shape_of(tensor, gradient) if wanted and gradient is not None and tensor is not None else None
+            for gradient, tensor, wanted in zip(found, data.tensors(), needed, strict=True)
+        )
 
     @staticmethod
     def _checked(code: int) -> int:
         if code < 0:
             raise BackendError("The CPU executor ran out of memory. Solve fewer instances at a time.")
         return code
+
+
+def _in_shape_of(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient summed over what the tensor was broadcast along."""
+    if gradient.shape == tensor.shape:
+        return gradient
+    if gradient.numel() == tensor.numel():
+        return gradient.reshape(tensor.shape)
+    return gradient.sum_to_size(tensor.shape)
 
 
 def _pointer(tensor: Tensor | None) -> int:
