@@ -3,7 +3,7 @@
 from benchmarks.peers.base import Peer
 from benchmarks.peers.cvxpylayers_ import Cvxpylayers
 from benchmarks.peers.diffopt_ import Diffopt, DiffoptTorch
-from benchmarks.peers.loops import Clarabel, Daqp, Gurobi, Piqp
+from benchmarks.peers.loops import Clarabel, Daqp, DaqpFromTorch, Gurobi, Piqp
 from benchmarks.peers.moreau_ import Moreau, MoreauInterior
 from benchmarks.peers.proxsuite_ import Proxsuite
 from benchmarks.peers.qpax_ import Qpax
@@ -12,7 +12,8 @@ from benchmarks.peers.qpth_ import Qpth
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
     for peer in (
-        Diffopt, DiffoptTorch, Qpth, Moreau, MoreauInterior, Proxsuite, Qpax, Cvxpylayers, Daqp, Piqp, Clarabel, Gurobi
+        Diffopt, DiffoptTorch, Qpth, Moreau, MoreauInterior, Proxsuite, Qpax, Cvxpylayers,
+        Daqp, DaqpFromTorch, Piqp, Clarabel, Gurobi,
     )
 }  # fmt: skip
 

@@ -36,6 +36,25 @@ class Daqp(LoopPeer):
         return np.asarray(x), np.asarray(info["lam"])
 
 
+class DaqpFromTorch(Daqp):
+    name = "daqp (torch)"
+    note = "as daqp, but from torch tensors to a torch tensor, as a program built on torch would call it"
+
+    def load(self, batch: Batch) -> None:
+        import torch
+
+        super().load(batch)
+        self.torch = torch
+        self.tensors = [torch.from_numpy(v) for v in (batch.Q, batch.q, batch.A, batch.b, batch.G, batch.h)]
+
+    def forward(self) -> list[tuple[Array, Array]]:
+        Q, q, A, b, G, h = (tensor.numpy() for tensor in self.tensors)
+        C, d = np.concatenate([A, G], 1), np.concatenate([b, h], 1)
+        found = [self.solve_one(data) for data in zip(Q, q, C, d, strict=True)]
+        self.x = self.torch.from_numpy(np.stack([x for x, _ in found]))
+        return found
+
+
 class Piqp(LoopPeer):
     name = "piqp"
     package = "piqp"

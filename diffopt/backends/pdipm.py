@@ -13,7 +13,7 @@ from diffopt.backends.registry import register
 from diffopt.errors import BackendUnsupported
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import Certificate, Status
-from diffopt.solvers import cpu_executor, pdipm
+from diffopt.solvers import cpu_executor, cuda_executor, pdipm
 from diffopt.solvers.executor import Answer, Data, Executor
 from diffopt.solvers.settings import Settings
 
@@ -110,16 +110,15 @@ def _tolerance(form: Form, settings: Settings) -> float:
     return min(settings.tolerance_for(form.dtype), 1e-8 if form.dtype == torch.float32 else 1.0)
 
 
+_KINDS = {"cpu": cpu_executor, "cuda": cuda_executor}
+
+
 def _executor(data: Data, settings: Settings) -> Executor | None:
     """Return the compiled executor for a batch, or ``None`` for torch operations."""
-    wanted = settings.executor
-    if wanted == "torch" or data.batch.numel() == 0:
+    wanted, device = settings.executor, data.q.device.type
+    if wanted == "torch" or data.batch.numel() == 0 or (wanted == "auto" and device not in _KINDS):
         return None
-    if wanted == "auto" and data.q.device.type != "cpu":
-        return None
-    if wanted == "cuda":
-        raise BackendUnsupported("Executor 'cuda' is not available. Expected 'auto', 'torch' or 'cpu'.")
-    found = cpu_executor.get()
+    found = _KINDS[device if wanted == "auto" else wanted].get()
     reason = "has no compiled library" if found is None else found.refuses(data, settings)
     if reason is None:
         return found
