@@ -119,7 +119,7 @@ def _executor(data: Data, settings: Settings) -> Executor | None:
     if wanted == "torch" or data.batch.numel() == 0 or (wanted == "auto" and device not in _KINDS):
         return None
     found = _KINDS[device if wanted == "auto" else wanted].get()
-    reason = "has no compiled library" if found is None else found.refuses(data, settings)
+    reason = "is not installed" if found is None else found.refuses(data, settings)
     if reason is None:
         return found
     if wanted != "auto":

@@ -21,6 +21,8 @@ struct Packed {
     __device__ double& operator()(int i, int j) const { return at[j * (2 * dim - j - 1) / 2 + i]; }
 };
 
+__device__ inline Packed in_shared(const Packed& M) { return {in_shared(M.at), M.dim}; }
+
 // Factor rows and columns [k0, k1) of M, at most PANEL, by one warp, and replace the block by the inverse of its factor.
 // Each lane keeps a row, and all of the diagonal, in registers; the columns pass through M. Ends without a barrier.
 template <class Team>
@@ -88,7 +90,8 @@ __device__ inline void factor_diagonal(const Team& team, const Packed& M, int k0
 // Cholesky factor of the first `count` columns of M; what lies below and to the right becomes the Schur complement.
 // Diagonal blocks end as the inverses of the factor's. Returns whether all pivots were positive. M is complete on entry.
 template <class Team>
-DIFFOPT_STEP bool cholesky(const Team& team, const Packed& M, int count) {
+DIFFOPT_STEP bool cholesky(const Team& team, const Packed& matrix, int count) {
+    const Packed M = in_shared(matrix);
     if (team.rank == 0) *team.flag = 0;
     team.sync();
     for (int k0 = 0; k0 < count; k0 += PANEL) {
@@ -147,9 +150,11 @@ DIFFOPT_STEP void pivot_range(const Team& team, const Packed& M, int count, doub
     most = count ? v[1] : 1.0;
 }
 
-// Solve L out = v with the first `count` columns of a factor. v is complete on entry and used up.
+// Solve L result = right with the first `count` columns of a factor. right is complete on entry and used up.
 template <class Team>
-DIFFOPT_STEP void solve_lower(const Team& team, const Packed& M, int count, double* v, double* out) {
+DIFFOPT_STEP void solve_lower(const Team& team, const Packed& factor, int count, double* right, double* result) {
+    const Packed M = in_shared(factor);
+    double *v = in_shared(right), *out = in_shared(result);
     for (int k0 = 0; k0 < count; k0 += PANEL) {
         const int k1 = lesser(k0 + PANEL, count);
         for (int i = k0 + team.rank; i < k1; i += team.size) {
@@ -169,9 +174,11 @@ DIFFOPT_STEP void solve_lower(const Team& team, const Packed& M, int count, doub
     }
 }
 
-// Solve L' out = v, likewise.
+// Solve L' result = right, likewise.
 template <class Team>
-DIFFOPT_STEP void solve_upper(const Team& team, const Packed& M, int count, double* v, double* out) {
+DIFFOPT_STEP void solve_upper(const Team& team, const Packed& factor, int count, double* right, double* result) {
+    const Packed M = in_shared(factor);
+    double *v = in_shared(right), *out = in_shared(result);
     for (int k1 = count; k1 > 0;) {
         const int k0 = (k1 - 1) / PANEL * PANEL;
         for (int j = k0 + team.rank; j < k1; j += team.size) {
@@ -192,9 +199,11 @@ DIFFOPT_STEP void solve_upper(const Team& team, const Packed& M, int count, doub
     }
 }
 
-// V <- L^-1 V for an n x columns matrix, row by row with `ld` numbers a row, and a factor L of n columns.
+// matrix <- L^-1 matrix, n x columns, row by row with `ld` numbers a row, for a factor L of n columns.
 template <class Team>
-DIFFOPT_STEP void solve_lower_columns(const Team& team, const Packed& L, double* V, int ld, int columns) {
+DIFFOPT_STEP void solve_lower_columns(const Team& team, const Packed& factor, double* matrix, int ld, int columns) {
+    const Packed L = in_shared(factor);
+    double* V = in_shared(matrix);
     const int n = L.dim;
     for (int k0 = 0; k0 < n; k0 += PANEL) {
         const int k1 = lesser(k0 + PANEL, n), width = k1 - k0;
@@ -231,9 +240,11 @@ DIFFOPT_STEP void solve_lower_columns(const Team& team, const Packed& L, double*
     }
 }
 
-// M <- V'V, the lower triangle, for V as above with M.dim columns. Ends without a barrier.
+// result <- V'V, the lower triangle, for V as above with result.dim columns. Ends without a barrier.
 template <class Team>
-DIFFOPT_STEP void gram(const Team& team, const double* V, int ld, int n, const Packed& M) {
+DIFFOPT_STEP void gram(const Team& team, const double* matrix, int ld, int n, const Packed& result) {
+    const double* V = in_shared(matrix);
+    const Packed M = in_shared(result);
     const int items = M.dim * ((M.dim + TILE - 1) / TILE);
     for (int item = team.rank; item < items; item += team.size) {
         const int i = item % M.dim, j0 = item / M.dim * TILE;
@@ -251,10 +262,11 @@ DIFFOPT_STEP void gram(const Team& team, const double* V, int ld, int n, const P
     }
 }
 
-// out <- M v for a matrix in global memory, row by row with `ld` numbers a row: a warp for each row, so that loads
-// coalesce. v is complete on entry. Ends without a barrier.
+// out <- M right for a matrix in global memory, row by row with `ld` numbers a row: a warp for each row, so that loads
+// coalesce. right is complete on entry. Ends without a barrier.
 template <class T, class Team>
-DIFFOPT_STEP void times(const Team& team, const T* M, int rows, int columns, int ld, const double* v, double* out) {
+DIFFOPT_STEP void times(const Team& team, const T* M, int rows, int columns, int ld, const double* right, double* out) {
+    const double* v = in_shared(right);
     for (int i = team.warp(); i < rows; i += team.warps()) {
         double sum = 0;
         for (int j = team.lane(); j < columns; j += WARP) sum += double(M[(long long)i * ld + j]) * v[j];
@@ -263,11 +275,12 @@ DIFFOPT_STEP void times(const Team& team, const T* M, int rows, int columns, int
     }
 }
 
-// out <- M' v, likewise: a thread for each column, or several where the team has more threads than there are columns,
+// out <- M' right, likewise: a thread for each column, or several where the team has more threads than there are columns,
 // for what takes time is waiting for memory. Ends with a barrier, and uses the scratch memory.
 template <class T, class Team>
 DIFFOPT_STEP void times_transposed(
-    const Team& team, const T* M, int rows, int columns, int ld, const double* v, double* out) {
+    const Team& team, const T* M, int rows, int columns, int ld, const double* right, double* out) {
+    const double* v = in_shared(right);
     const int parts = columns > 0 && columns < team.size ? team.size / columns : 1;
     if (parts == 1) {
         for (int j = team.rank; j < columns; j += team.size) {

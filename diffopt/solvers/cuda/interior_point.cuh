@@ -19,20 +19,37 @@ struct Measure {
     bool repeated, untried;
 };
 
-// u = u_free - P f, and from it the residual; reads the active set off into at.active.
-template <class Team>
-DIFFOPT_STEP Measure measure(const Team& team, const Sizes& z, const Memory& at, const Reduced& reduced) {
+// f and the weights of a step from s and z, u = u_free - P f, and from it the residual; reads the active set off into
+// at.active.
+template <class Job>
+DIFFOPT_STEP Measure measure(Job& work) {
+    DIFFOPT_UNPACK(work);
+    const Reduced& reduced = work.reduced;
     // f'u_pull, f'(u_free - u_pull), f'Pf, d'z, the gap z'(d - C x), s'z
     double sums[6] = {0, 0, 0, 0, 0, 0};
     // Errors and sizes, equilibrated and original; whether the set is a new one, and whether it has not been tried.
     double most[6] = {0, reduced.b_size, 0, reduced.b_size_o, 0, 0};
+    const Packed W = in_shared(at.W);
+    double* forces = in_shared(at.f);
+    // Forces from multipliers, so that the point is stationary for the multipliers there are. With them 1/w, for the step.
+    for (int k = team.rank; k < z.c; k += team.size) {
+        double force = 0, weight = 0;
+        z.each_row(k, [&](int row, double sign) {
+            if (!present(at.side[row])) return;
+            force += sign * at.z[row];
+            weight += 1 / cone::ratio(at.s[row], at.z[row]);
+        });
+        forces[k] = force;
+        at.flex[k] = weight > 0 ? 1 / weight : -1.0;
+    }
+    team.sync();
     for (int k = team.rank; k < z.c; k += team.size) {
         double push = 0;
 #pragma unroll 4
-        for (int j = 0; j < k; ++j) push += at.P(z, k, j) * at.f[j];
+        for (int j = 0; j < k; ++j) push += W(z.p + k, z.p + j) * forces[j];
 #pragma unroll 4
-        for (int j = k; j < z.c; ++j) push += at.P(z, j, k) * at.f[j];
-        const double u = at.u_free[k] - push, f = at.f[k];
+        for (int j = k; j < z.c; ++j) push += W(z.p + j, z.p + k) * forces[j];
+        const double u = at.u_free[k] - push, f = forces[k];
         const double unit = k < z.m ? 1 / at.scale.rows[z.p + k] : at.scale.d[k - z.m];
         at.u[k] = u;
         sums[0] += f * at.u_pull[k];
@@ -69,22 +86,26 @@ DIFFOPT_STEP Measure measure(const Team& team, const Sizes& z, const Memory& at,
 }
 
 // K <- P + diag(1/w + shift), factored; directions without rows are left out. at.flex: 1/w, or -1 for those.
-template <class Team>
-DIFFOPT_STEP bool factor_step(const Team& team, const Sizes& z, const Memory& at) {
+template <class Job>
+DIFFOPT_STEP bool factor_step(Job& work) {
+    DIFFOPT_UNPACK(work);
+    const Packed K = in_shared(at.K), W = in_shared(at.W);
+    const double* flex = in_shared(at.flex);
     team.sync();
     for (int j = 0; j < z.c; ++j) {
         for (int i = j + team.rank; i < z.c; i += team.size) {
-            const bool there = at.flex[i] >= 0 && at.flex[j] >= 0;
-            const double own = at.flex[i] < 0 ? 1.0 : at.flex[i] + SHIFT;
-            at.K(i, j) = (there ? at.P(z, i, j) : 0.0) + (i == j ? own : 0.0);
+            const bool there = flex[i] >= 0 && flex[j] >= 0;
+            const double own = flex[i] < 0 ? 1.0 : flex[i] + SHIFT;
+            K(i, j) = (there ? W(z.p + i, z.p + j) : 0.0) + (i == j ? own : 0.0);
         }
     }
     return cholesky(team, at.K, z.c);
 }
 
 // at.kkt.force <- K^-1 at.kkt.r_a.
-template <class Team>
-__device__ inline void solve_step(const Team& team, const Sizes& z, const Memory& at) {
+template <class Job>
+__device__ inline void solve_step(Job& work) {
+    DIFFOPT_UNPACK(work);
     team.sync();
     solve_lower(team, at.K, z.c, at.kkt.r_a, at.kkt.rest);
     solve_upper(team, at.K, z.c, at.kkt.rest, at.kkt.force);
@@ -92,8 +113,9 @@ __device__ inline void solve_step(const Team& team, const Sizes& z, const Memory
 
 // The first iterate: the minimiser of the objective plus half the sum of squared distances from the sides, and s and z from
 // these. A row whose side is far away counts less, so that a bound of 1e12 that nobody will meet pulls nothing there.
-template <class Team>
-DIFFOPT_STEP bool start(const Team& team, const Sizes& z, const Memory& at) {
+template <class Job>
+DIFFOPT_STEP bool start(Job& work) {
+    DIFFOPT_UNPACK(work);
     for (int k = team.rank; k < z.c; k += team.size) {
         double weight = 0, pull = 0;
         z.each_row(k, [&](int row, double sign) {
@@ -106,8 +128,8 @@ DIFFOPT_STEP bool start(const Team& team, const Sizes& z, const Memory& at) {
         at.kkt.r_a[k] = weight > 0 ? at.u_free[k] - pull / weight : 0.0;
         at.last[k] = at.tried[k] = 2;  // no set at all
     }
-    if (!factor_step(team, z, at)) return false;
-    solve_step(team, z, at);
+    if (!factor_step(work)) return false;
+    solve_step(work);
     double most[4] = {-cone::UNLIMITED, 0, -cone::UNLIMITED, 0};  // minus the lowest, and the largest size, of s and z
     for (int k = team.rank; k < z.c; k += team.size) {
         double u = at.u_free[k];
@@ -140,8 +162,9 @@ DIFFOPT_STEP bool start(const Team& team, const Sizes& z, const Memory& at) {
 
 // One direction, into at.ds and at.dz: affine, or with the corrector, whose target is centre - at.product. Returns the
 // longest step inside the cone, at most 1. at.kkt.force then holds the forces' change.
-template <class Team>
-DIFFOPT_STEP double direction(const Team& team, const Sizes& z, const Memory& at, bool corrector, double centre) {
+template <class Job>
+DIFFOPT_STEP double direction(Job& work, bool corrector, double centre) {
+    DIFFOPT_UNPACK(work);
     auto target_of = [&](int row) { return corrector ? centre - at.product[row] : 0.0; };
     for (int k = team.rank; k < z.c; k += team.size) {
         double pull = 0;
@@ -153,7 +176,7 @@ DIFFOPT_STEP double direction(const Team& team, const Sizes& z, const Memory& at
         at.gamma[k] = at.flex[k] < 0 ? 0.0 : pull * at.flex[k];
         at.kkt.r_a[k] = -at.gamma[k];
     }
-    solve_step(team, z, at);
+    solve_step(work);
     double blocked[1] = {-1};  // minus the longest step
     for (int k = team.rank; k < z.c; k += team.size) {
         if (at.flex[k] < 0) continue;
@@ -190,110 +213,101 @@ DIFFOPT_STEP double direction(const Team& team, const Sizes& z, const Memory& at
     return -blocked[0];
 }
 
+// s'z after an affine step of length alpha, and at.product for the corrector.
+template <class Job>
+DIFFOPT_STEP double affine_complementarity(Job& work, double alpha) {
+    DIFFOPT_UNPACK(work);
+    double sums[1] = {0};
+    for (int k = team.rank; k < z.c; k += team.size) {
+        z.each_row(k, [&](int row, double) {
+            if (!present(at.side[row])) return;
+            const double s = at.s[row] + alpha * at.ds[row], v = at.z[row] + alpha * at.dz[row];
+            sums[0] += cone::complementarity(s, v);
+            at.product[row] = at.ds[row] * at.dz[row];
+        });
+    }
+    team.sum(sums);
+    return sums[0];
+}
+
+// Take a step. Ends without a barrier: a row belongs to one thread.
+template <class Job>
+DIFFOPT_STEP void advance(Job& work, double alpha) {
+    DIFFOPT_UNPACK(work);
+    for (int k = team.rank; k < z.c; k += team.size) {
+        z.each_row(k, [&](int row, double) {
+            if (!present(at.side[row])) return;
+            at.s[row] += alpha * at.ds[row];
+            at.z[row] += alpha * at.dz[row];
+        });
+    }
+}
+
 // Try the active set at.active. At the loop's end it may change by its own signs, and the tolerance is what counts.
-template <class T, class Team>
-__device__ inline bool polish(
-    const Team& team, const Sizes& z, const Instance<T>& data, const Forward<T>& task, const Memory& at,
-    const Reduced& reduced, ActiveFactor& F, bool end, Quality& quality) {
-    const double accept = end ? task.tolerance : fmin(EXACT, task.tolerance);
+template <class Job>
+DIFFOPT_STEP bool polish(Job& work, bool end) {
+    const double accept = end ? work.task.tolerance : fmin(EXACT, work.task.tolerance);
+    DIFFOPT_UNPACK(work);
+    for (int k = team.rank; k < z.c; k += team.size) at.tried[k] = at.active[k];
     team.sync();
     for (int round = 0; round < FLIPS; ++round) {
         bool flipped;
         const bool last = round + 1 == FLIPS;
-        if (solve_active(team, z, data, at, reduced, F, accept, end && !last, quality, flipped)) return true;
+        if (solve_active(work, accept, end && !last, flipped)) return true;
         if (!flipped) return false;
     }
     return false;
 }
 
+// A predictor and corrector step from a measured iterate. Returns how long it was, negative where linear algebra broke down.
+template <class Job>
+DIFFOPT_STEP double take_step(Job& work, const Measure& now, bool slow) {
+    if (!factor_step(work)) return -1;
+    const double affine = affine_complementarity(work, direction(work, false, 0.0));
+    // sigma = (mu_affine / mu)^3; but complementarity must not run ahead of feasibility.
+    const double share = fmin(fmax(affine / work.reduced.rows / (now.mu > 0 ? now.mu : 1.0), 0.0), 1.0);
+    const double sigma = now.mu < AHEAD * now.residual ? 1.0 : share * share * share;
+    const double reach = direction(work, true, sigma * now.mu);
+    // An iterate far from the centre is blocked again and again; short steps let the centring work.
+    const double eta = slow && reach < 0.9 ? 0.9 : fmin(fmax(1 - now.mu, 0.995), 1 - 1e-7);
+    const double alpha = fmin(eta * reach, 1.0);
+    advance(work, alpha);
+    return alpha;
+}
+
 // Iterate until an active set proves right. Returns whether one did; its point is then in place for `store`.
-template <class T, class Team>
-DIFFOPT_STEP bool iterate(
-    const Team& team, const Sizes& z, const Instance<T>& data, const Forward<T>& task, const Memory& at,
-    const Reduced& reduced, ActiveFactor& F, Quality& quality, int& iterations) {
-    if (!start(team, z, at)) return false;
+template <class Job>
+DIFFOPT_STEP bool iterate(Job& work) {
+    if (!start(work)) return false;
     double last_mu = cone::UNLIMITED;
     int slow = 0, stalled = 0, past_end = 0;
-    bool broken = false;
-    for (iterations = 0;; ++iterations) {
-        // Forces from multipliers, so that the point is stationary for the multipliers there are.
-        for (int k = team.rank; k < z.c; k += team.size) {
-            double force = 0;
-            z.each_row(k, [&](int row, double sign) {
-                if (present(at.side[row])) force += sign * at.z[row];
-            });
-            at.f[k] = force;
-        }
-        team.sync();
-        const Measure now = measure(team, z, at, reduced);
+    for (;; ++work.iterations) {
+        const Measure now = measure(work);
         if (!finite(now.residual)) return false;
         const bool end = now.residual <= CONVERGED;
-        const bool last = iterations >= task.max_iterations || stalled >= 3 || past_end >= AFTERTHOUGHTS || broken;
-        const bool worth = (now.repeated && now.residual <= WORTH_TRYING) || end;
-        if (last || reduced.rows == 0 || (worth && now.untried) || (end && past_end == 0)) {
-            for (int k = team.rank; k < z.c; k += team.size) at.tried[k] = at.active[k];
-            if (polish(team, z, data, task, at, reduced, F, end || last, quality)) return true;
+        const bool last = work.iterations >= work.task.max_iterations || stalled >= 3 || past_end >= AFTERTHOUGHTS ||
+                          work.reduced.rows == 0;
+        const bool worth = end || (now.repeated && now.residual <= WORTH_TRYING);
+        if (last || (worth && now.untried) || (end && past_end == 0)) {
+            if (polish(work, end || last)) return true;
         }
-        if (last || reduced.rows == 0) return false;
-        if (end) ++past_end;
-
-        for (int k = team.rank; k < z.c; k += team.size) {
-            double weight = 0;
-            z.each_row(k, [&](int row, double) {
-                if (present(at.side[row])) weight += 1 / cone::ratio(at.s[row], at.z[row]);
-            });
-            at.flex[k] = weight > 0 ? 1 / weight : -1.0;
-        }
-        if (!factor_step(team, z, at)) return false;
-        double alpha = direction(team, z, at, false, 0.0);
-        double sums[1] = {0};
-        for (int k = team.rank; k < z.c; k += team.size) {
-            z.each_row(k, [&](int row, double) {
-                if (!present(at.side[row])) return;
-                const double s = at.s[row] + alpha * at.ds[row], v = at.z[row] + alpha * at.dz[row];
-                sums[0] += cone::complementarity(s, v);
-                at.product[row] = at.ds[row] * at.dz[row];
-            });
-        }
-        team.sum(sums);
-        // sigma = (mu_affine / mu)^3; but complementarity must not run ahead of feasibility.
-        const double share = fmin(fmax(sums[0] / reduced.rows / (now.mu > 0 ? now.mu : 1.0), 0.0), 1.0);
-        const double sigma = now.mu < AHEAD * now.residual ? 1.0 : share * share * share;
-        const double reach = direction(team, z, at, true, sigma * now.mu);
-        double eta = fmin(fmax(1 - now.mu, 0.995), 1 - 1e-7);
-        // An iterate far from the centre is blocked again and again; short steps let the centring work.
+        if (last) return false;
+        past_end += end;
         slow += now.mu > 0.7 * last_mu;
-        if (slow >= 2 && reach < 0.9) eta = 0.9;
-        alpha = fmin(eta * reach, 1.0);
-        for (int k = team.rank; k < z.c; k += team.size) {
-            z.each_row(k, [&](int row, double) {
-                if (!present(at.side[row])) return;
-                at.s[row] += alpha * at.ds[row];
-                at.z[row] += alpha * at.dz[row];
-            });
-        }
-        stalled = alpha < 1e-4 ? stalled + 1 : 0;
         last_mu = now.mu;
+        const double alpha = take_step(work, now, slow >= 2);
+        if (alpha < 0) return false;
+        stalled = alpha < 1e-4 ? stalled + 1 : 0;
     }
 }
 
-// Solve instance i.
-template <class T, class Team>
-__device__ inline void solve_instance(Team& team, const Forward<T>& task, long long i, double* shared) {
-    const Sizes z(int(task.n), int(task.p), int(task.m), task.lower != nullptr, task.upper != nullptr);
-    const Instance<T> data(task, i);
-    Memory at(z, shared, team);
-    const Kept kept(z, task.kept, task.lists, i);
-    Reduced reduced;
-    Quality quality;
-    int iterations = 0;
-    ActiveFactor F = {{at.second_L, z.n}, {at.W.at, z.all}, {at.K.at, 0}, kept.V, at.list, 0};
-    if (prepare(team, z, data, at, kept, reduced) &&
-        iterate(team, z, data, task, at, reduced, F, quality, iterations)) {
-        store(team, z, task, at, kept, F, quality, i, iterations);
-        return;
-    }
-    // Left to another executor; NaN, so that nobody takes what happens to lie there for an answer.
+// Leave instance i to another executor; with NaN, so that nobody takes what happens to lie there for an answer.
+template <class Job>
+DIFFOPT_STEP void give_up(Job& work) {
+    using T = typename Job::Real;
+    DIFFOPT_UNPACK(work);
+    const auto& task = work.task;
+    const long long i = work.i;
     const double nothing = nan("");
     auto fill = [&](T* to, int count) {
         for (int k = team.rank; k < count; k += team.size) to[i * count + k] = T(nothing);
@@ -302,11 +316,23 @@ __device__ inline void solve_instance(Team& team, const Forward<T>& task, long l
     fill(task.lam_lower, z.n), fill(task.lam_upper, z.n);
     if (team.rank == 0) {
         task.status[i] = 0;
+        work.kept.list[0] = -1;
         for (int k = 0; k < 3; ++k) {
-            task.counts[k * task.batch + i] = k == 0 ? iterations : 0;
+            task.counts[k * task.batch + i] = k == 0 ? work.iterations : 0;
             task.residuals[k * task.batch + i] = nothing;
         }
         atomicAdd(task.unsolved, 1);
+    }
+}
+
+// Solve instance i.
+template <class T, class Team>
+__device__ inline void solve_instance(const Team& team, const Forward<T>& task, long long i, double* shared) {
+    Work<T, Team> work(team, task, i, shared);
+    if (prepare(work) && iterate(work)) {
+        store(work);
+    } else {
+        give_up(work);
     }
 }
 

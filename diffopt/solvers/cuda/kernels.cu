@@ -20,15 +20,27 @@ namespace diffopt {
         const int slot = WHOLE_BLOCK ? 0 : int(threadIdx.x) / WARP;                                                  \
         const int size = WHOLE_BLOCK ? int(blockDim.x) : WARP;                                                       \
         const long long i = (long long)blockIdx.x * problems + slot;                                                 \
-        DIFFOPT_DYNAMIC_SHARED(memory);                                                                              \
         if (i >= task.batch) return;                                                                                 \
         Team<WHOLE_BLOCK> team = {int(threadIdx.x) - slot * size, size, nullptr, nullptr};                           \
-        run(team, task, i, memory + slot * words);                                                                   \
+        run(team, task, i, shared_memory() + slot * words);                                                          \
     }
 
+// Compiling takes seconds a kernel, so at run time only the one that is wanted is: bit k of DIFFOPT_ONLY.
+#ifndef DIFFOPT_ONLY
+#define DIFFOPT_ONLY 15
+#endif
+
+#if DIFFOPT_ONLY & 1
 DIFFOPT_KERNEL(diffopt_solve_block, Forward, DIFFOPT_FORWARD_ARGUMENTS, true, solve_instance)
+#endif
+#if DIFFOPT_ONLY & 2
 DIFFOPT_KERNEL(diffopt_solve_warp, Forward, DIFFOPT_FORWARD_ARGUMENTS, false, solve_instance)
+#endif
+#if DIFFOPT_ONLY & 4
 DIFFOPT_KERNEL(diffopt_pullback_block, Backward, DIFFOPT_BACKWARD_ARGUMENTS, true, pull_back)
+#endif
+#if DIFFOPT_ONLY & 8
 DIFFOPT_KERNEL(diffopt_pullback_warp, Backward, DIFFOPT_BACKWARD_ARGUMENTS, false, pull_back)
+#endif
 
 }  // namespace diffopt

@@ -8,12 +8,6 @@ constexpr double SIGN_SLACK = 1e-10;  // how negative a multiplier or slack of a
 constexpr double EXACT = 1e-12;       // relative residual at which a polished point is at rounding level
 constexpr int REFINEMENTS = 2;        // one took x from 4e-8 to 1e-10 on ill-conditioned sets, the second one to 1e-14
 
-// Relative residuals of a point, in original units and the worst in original and equilibrated units alike, and its
-// lowest slack of an inactive row, in equilibrated units.
-struct Quality {
-    double primal, dual, gap, worst, lowest_slack;
-};
-
 // The value that active direction k holds C x at, equilibrated.
 __device__ inline double held_at(const Sizes& z, const Memory& at, int k) {
     double target = 0;
@@ -43,8 +37,10 @@ DIFFOPT_STEP int list_active(const Team& team, const Sizes& z, const int* active
 }
 
 // Factor P_aa for the directions in F.list into F.K. Returns whether they are independent.
-template <class Team>
-DIFFOPT_STEP bool factor_active(const Team& team, const Sizes& z, const Memory& at, const ActiveFactor& F) {
+template <class Job>
+DIFFOPT_STEP bool factor_active(Job& work) {
+    DIFFOPT_UNPACK(work);
+    const ActiveFactor& F = work.F;
     for (int item = team.rank; item < F.active * F.active; item += team.size) {
         const int i = item % F.active, j = item / F.active;
         if (i >= j) F.K(i, j) = at.P(z, F.direction(i), F.direction(j));
@@ -56,9 +52,11 @@ DIFFOPT_STEP bool factor_active(const Team& team, const Sizes& z, const Memory& 
 }
 
 // The equilibrated right-hand sides that lead from a point, whose products are in at.kkt, to that of the active set.
-template <class T, class Team>
-__device__ inline void residual_of_active(
-    const Team& team, const Sizes& z, const Instance<T>& data, const Memory& at, const ActiveFactor& F) {
+template <class Job>
+DIFFOPT_STEP void residual_of_active(Job& work) {
+    DIFFOPT_UNPACK(work);
+    const auto& data = work.data;
+    const ActiveFactor& F = work.F;
     const KktVectors& v = at.kkt;
     for (int i = team.rank; i < z.n; i += team.size) {
         v.r_x[i] = -at.scale.cost * at.scale.d[i] * (v.Qx[i] + double(data.q[i]) + v.pull[i] + v.push[i]);
@@ -71,9 +69,11 @@ __device__ inline void residual_of_active(
 }
 
 // Judge the point whose products are in at.kkt.
-template <class T, class Team>
-DIFFOPT_STEP Quality judge(
-    const Team& team, const Sizes& z, const Instance<T>& data, const Memory& at, const Reduced& reduced) {
+template <class Job>
+DIFFOPT_STEP void judge(Job& work) {
+    DIFFOPT_UNPACK(work);
+    const auto& data = work.data;
+    const Reduced& reduced = work.reduced;
     const KktVectors& v = at.kkt;
     const Scaling& scale = at.scale;
     // Errors and sizes in original, then in equilibrated units; and the lowest slack.
@@ -118,7 +118,7 @@ DIFFOPT_STEP Quality judge(
     team.sum(sums);
     const double gap = fabs(sums[0] + sums[1] + sums[2] + sums[3]);
     const double terms = larger(larger(fabs(sums[0]), fabs(sums[1])), larger(fabs(sums[2]), fabs(sums[3])));
-    Quality found;
+    Quality& found = work.quality;
     found.dual = most[0] / (1 + most[1]);
     found.primal = most[5] / (1 + most[4]);
     found.gap = gap / (1 + terms);
@@ -126,19 +126,19 @@ DIFFOPT_STEP Quality judge(
     worst = larger(worst, larger(most[2] / (1 + most[3]), most[6] / (1 + most[7])));
     found.worst = larger(worst, gap * scale.cost / (1 + terms * scale.cost));
     found.lowest_slack = -most[8];
-    return found;
 }
 
 // Solve for the point of at.active, and decide whether it is the solution. Its x, nu and forces are then in at.x, at.nu and
 // at.candidate, and its products in at.kkt. With `flips`, at.next says which rows' signs speak for another set.
-template <class T, class Team>
-DIFFOPT_STEP bool solve_active(
-    const Team& team, const Sizes& z, const Instance<T>& data, const Memory& at, const Reduced& reduced, ActiveFactor& F,
-    double accept, bool flips, Quality& quality, bool& flipped) {
+template <class Job>
+DIFFOPT_STEP bool solve_active(Job& work, double accept, bool flips, bool& flipped) {
+    DIFFOPT_UNPACK(work);
+    const auto& data = work.data;
+    ActiveFactor& F = work.F;
     flipped = false;
     F.active = list_active(team, z, at.active, at.list);
     F.K.dim = F.active;
-    if (!factor_active(team, z, at, F)) return false;
+    if (!factor_active(work)) return false;
     const KktVectors& v = at.kkt;
     for (int i = team.rank; i < z.n; i += team.size) {
         at.x[i] = 0;
@@ -155,7 +155,7 @@ DIFFOPT_STEP bool solve_active(
         team.sync();
         if (round == REFINEMENTS) break;
         products(team, z, data, at.scale, at.x, at.nu, at.candidate, v);
-        residual_of_active(team, z, data, at, F);
+        residual_of_active(work);
     }
 
     double multiplier[2] = {0, -1};  // the largest, and minus the lowest
@@ -165,14 +165,15 @@ DIFFOPT_STEP bool solve_active(
         multiplier[1] = larger(multiplier[1], -at.active[k] * at.candidate[k]);
     }
     team.max(multiplier);
-    const double least_z = -SIGN_SLACK * (1 + multiplier[0]), least_s = -SIGN_SLACK * (1 + reduced.side_size);
+    const double least_z = -SIGN_SLACK * (1 + multiplier[0]), least_s = -SIGN_SLACK * (1 + work.reduced.side_size);
     for (int k = team.rank; k < z.c; k += team.size) {
         at.next[k] = at.active[k] * at.candidate[k] < least_z ? 0 : at.active[k];
         at.candidate[k] = at.active[k] * fmax(at.active[k] * at.candidate[k], 0.0);
     }
     team.sync();
     products(team, z, data, at.scale, at.x, at.nu, at.candidate, v);
-    quality = judge(team, z, data, at, reduced);
+    judge(work);
+    const Quality& quality = work.quality;
     const bool signs = -multiplier[1] >= least_z && quality.lowest_slack >= least_s;
     if (signs && quality.worst <= accept) return true;
     if (flips && !signs) {
@@ -191,10 +192,14 @@ DIFFOPT_STEP bool solve_active(
 }
 
 // Write the accepted point, and what the backward pass needs.
-template <class T, class Team>
-DIFFOPT_STEP void store(
-    const Team& team, const Sizes& z, const Forward<T>& task, const Memory& at, const Kept& kept, ActiveFactor& F,
-    const Quality& quality, long long i, int iterations) {
+template <class Job>
+DIFFOPT_STEP void store(Job& work) {
+    using T = typename Job::Real;
+    DIFFOPT_UNPACK(work);
+    const auto& task = work.task;
+    const Kept& kept = work.kept;
+    ActiveFactor& F = work.F;
+    const long long i = work.i;
     const int n = z.n, p = z.p, m = z.m;
     const Scaling& scale = at.scale;
     const double weak = task.weak_tolerance;
@@ -239,7 +244,7 @@ DIFFOPT_STEP void store(
     if (counts[1] > 0) {
         F.active = list_active(team, z, at.next, at.list);
         F.K.dim = F.active;
-        factor_active(team, z, at, F);
+        factor_active(work);
     }
     for (int item = team.rank; item < z.eliminated(); item += team.size) kept.E[item] = at.W.at[item];
     for (int item = team.rank; item < triangle(F.active); item += team.size) kept.K[item] = F.K.at[item];
@@ -248,12 +253,12 @@ DIFFOPT_STEP void store(
         kept.list[0] = F.active;
         kept.cost[0] = scale.cost;
         task.status[i] = 1;
-        task.counts[i] = iterations;
+        task.counts[i] = work.iterations;
         task.counts[task.batch + i] = (long long)counts[0];
         task.counts[2 * task.batch + i] = 0;
-        task.residuals[i] = quality.primal;
-        task.residuals[task.batch + i] = quality.dual;
-        task.residuals[2 * task.batch + i] = quality.gap;
+        task.residuals[i] = work.quality.primal;
+        task.residuals[task.batch + i] = work.quality.dual;
+        task.residuals[2 * task.batch + i] = work.quality.gap;
     }
 }
 

@@ -24,7 +24,7 @@ namespace diffopt {
     _(const T*, Q) _(long long, Q_stride) _(const T*, A) _(long long, A_stride)                                      \
     _(const T*, G) _(long long, G_stride) _(const T*, h) _(long long, h_stride)                                      \
     _(long long, bounded) _(long long, n) _(long long, p) _(long long, m) _(long long, batch)                        \
-    _(const double*, kept) _(const int*, lists) _(const signed char*, status)                                        \
+    _(const double*, kept) _(const int*, lists)                                                                      \
     _(const T*, g_x) _(const T*, g_s) _(const T*, g_lam) _(const T*, g_nu) _(const T*, g_lower) _(const T*, g_upper) \
     _(T*, dQ) _(T*, dq) _(T*, dA) _(T*, db) _(T*, dG) _(T*, dh) _(T*, dlower) _(T*, dupper) _(double*, vectors)
 
@@ -74,7 +74,8 @@ struct Sizes {
 //   L     factor of Q                     E   the p eliminated columns: factor of the equalities, and all else by it
 //   V     L^-1 [A' C'], n rows of ld      K   factor of the reduced matrix of the active directions
 //   d, rows, cost   scaling (rows: p equalities, then m rows of G); x, nu, lam in original units, lam of active rows only
-// lists: the number of active directions, then for each 2 k, or 2 k + 1 where a lower bound is active.
+// lists: the number of active directions, -1 where there is no answer; then for each 2 k, or 2 k + 1 where a lower bound
+// is active.
 struct Kept {
     double *L, *V, *E, *K, *d, *rows, *cost, *x, *nu, *lam;
     int* list;

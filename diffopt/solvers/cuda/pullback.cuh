@@ -89,7 +89,9 @@ template <class T, class Team>
 __device__ inline void pull_back(Team& team, const Backward<T>& task, long long i, double* shared) {
     const Sizes z(int(task.n), int(task.p), int(task.m), task.bounded != 0, false);
     const int n = z.n, p = z.p, m = z.m, c = z.c;
-    if (task.status[i] != 1) {
+    const Kept kept(z, const_cast<double*>(task.kept), const_cast<int*>(task.lists), i);
+    const int active = kept.list[0];
+    if (active < 0) {
         auto zero = [](int) { return 0.0; };
         write(team, task.dQ, i, n * n, zero), write(team, task.dA, i, p * n, zero), write(team, task.dG, i, m * n, zero);
         write(team, task.dq, i, n, zero), write(team, task.db, i, p, zero), write(team, task.dh, i, m, zero);
@@ -99,10 +101,8 @@ __device__ inline void pull_back(Team& team, const Backward<T>& task, long long 
     }
     const Instance<T> data(task, i);
     BackwardMemory at(z, shared, team);
-    const Kept kept(z, const_cast<double*>(task.kept), const_cast<int*>(task.lists), i);
     const KktVectors& v = at.kkt;
     at.scale.cost = kept.cost[0];
-    const int active = kept.list[0];
     ActiveFactor F = {at.L, at.E, {at.K.at, active}, kept.V, at.list, active};
     for (int k = team.rank; k < triangle(n); k += team.size) at.L.at[k] = kept.L[k];
     for (int k = team.rank; k < z.eliminated(); k += team.size) at.E.at[k] = kept.E[k];

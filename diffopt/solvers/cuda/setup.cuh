@@ -77,9 +77,48 @@ struct Reduced {
     int rows;
 };
 
+// Relative residuals of a point, in original units and the worst in original and equilibrated units alike, and its
+// lowest slack of an inactive row, in equilibrated units.
+struct Quality {
+    double primal, dual, gap, worst, lowest_slack;
+};
+
+// All that solving one problem works on: one argument, for registers are what calls run out of.
+template <class T, class TeamOf>
+struct Work {
+    using Real = T;
+    using Team = TeamOf;
+    Team team;
+    const Forward<T>& task;
+    long long i;
+    Sizes z;
+    Instance<T> data;
+    Memory at;
+    Kept kept;
+    Reduced reduced;
+    ActiveFactor F;
+    Quality quality;
+    int iterations;
+
+    __device__ Work(const Team& given, const Forward<T>& task, long long i, double* shared)
+        : team(given), task(task), i(i),
+          z(int(task.n), int(task.p), int(task.m), task.lower != nullptr, task.upper != nullptr), data(task, i),
+          at(z, shared, team), kept(z, task.kept, task.lists, i), reduced(),
+          F{{at.second_L, z.n}, {at.W.at, z.all}, {at.K.at, 0}, kept.V, at.list, 0}, quality(), iterations(0) {}
+};
+
+// The names of its parts that a function uses.
+#define DIFFOPT_UNPACK(work)                    \
+    const typename Job::Team& team = work.team;   \
+    const Sizes& z = work.z;                    \
+    auto& at = work.at;                         \
+    (void)team, (void)z, (void)at
+
 // Load Q's symmetric part, [A' G'] and the sides, unscaled. Returns whether this executor can take the values.
-template <class T, class Team>
-DIFFOPT_STEP bool load(const Team& team, const Sizes& z, const Instance<T>& data, const Memory& at) {
+template <class Job>
+DIFFOPT_STEP bool load(Job& work) {
+    DIFFOPT_UNPACK(work);
+    const auto& data = work.data;
     const int n = z.n, p = z.p, m = z.m;
     bool bad = false;
     for (int item = team.rank; item < n * n; item += team.size) {
@@ -115,11 +154,14 @@ DIFFOPT_STEP bool load(const Team& team, const Sizes& z, const Instance<T>& data
 }
 
 // Everything up to the first iterate. Returns whether the problem is one that the reduction is safe for.
-template <class T, class Team>
-DIFFOPT_STEP bool prepare(
-    const Team& team, const Sizes& z, const Instance<T>& data, Memory& at, const Kept& kept, Reduced& reduced) {
+template <class Job>
+DIFFOPT_STEP bool prepare(Job& work) {
+    DIFFOPT_UNPACK(work);
+    const auto& data = work.data;
+    const Kept& kept = work.kept;
+    Reduced& reduced = work.reduced;
     const int n = z.n, p = z.p, m = z.m, c = z.c;
-    if (!load(team, z, data, at)) return false;
+    if (!load(work)) return false;
     equilibrate(team, z, at.L, at.V, at.scale, at.kkt.x, at.kkt.t, at.kkt.pulled);
     const Scaling scale = at.scale;
 

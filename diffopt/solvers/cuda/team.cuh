@@ -6,7 +6,6 @@
 
 #ifndef DIFFOPT_SHIM
 #define DIFFOPT_WARP 32
-#define DIFFOPT_DYNAMIC_SHARED(name) extern __shared__ double name[]
 #endif
 
 // A function of some length that several places call: compiled once for each team and dtype. With all of it inline the
@@ -17,6 +16,12 @@ namespace diffopt {
 
 constexpr int WARP = DIFFOPT_WARP;
 constexpr unsigned EVERY_LANE = 0xffffffffu;
+
+// A block's shared memory.
+#ifndef DIFFOPT_SHIM
+extern __shared__ double dynamic_shared[];
+__device__ inline double* shared_memory() { return dynamic_shared; }
+#endif
 
 // NaN, and infinity, compared by arithmetic: run-time compilation comes without headers.
 __device__ inline bool finite(double v) { return v - v == 0.0; }
@@ -30,6 +35,21 @@ struct Sum {
 struct Max {
     __device__ static double of(double a, double b) { return larger(a, b); }
 };
+
+// The same address, known to the compiler to be in shared memory: it cannot see that through a structure or a call, and a
+// load from an unknown kind of memory takes longer. For the heads of loops that matter.
+#ifdef DIFFOPT_SHIM
+template <class T>
+__device__ inline T* in_shared(T* p) {
+    return p;
+}
+#else
+template <class T>
+__device__ inline T* in_shared(T* p) {
+    const unsigned offset = unsigned(__cvta_generic_to_shared(p)) - unsigned(__cvta_generic_to_shared(dynamic_shared));
+    return reinterpret_cast<T*>(dynamic_shared) + offset / sizeof(T);
+}
+#endif
 
 // The same bits in every lane: a butterfly adds the same pairs on both sides.
 template <class Op>

@@ -1,0 +1,381 @@
+"""The CUDA executor: the interior-point method as one kernel for a batch of dense problems in dual form.
+
+The kernels are text (``cuda/``) that NVRTC compiles at run time, once in a process for each kernel, dtype and kind of
+device. A problem is solved by one block, or one warp of it where it is small, with everything it iterates on in shared
+memory. Nothing waits for the device but the reading of how many instances are left unsolved.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from abc import ABC, abstractmethod
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import CompiledExecutorWarning
+from diffopt.linalg.matrices import Dense
+from diffopt.solvers.executor import Answer, Data, Executor
+from diffopt.solvers.settings import Settings
+
+SOURCES = Path(__file__).parent / "cuda"
+
+WIDEST = 1.9
+"""Rows per variable up to which the dual form needs fewer operations than others; as in ``pdipm``."""
+
+WARP_UP_TO = 32
+"""Variables up to which a problem is left to one warp: a block would wait for its barriers most of the time."""
+
+WARPS = 4
+"""Problems of one warp each that share a block, where its shared memory holds so many."""
+
+MOST_THREADS = 256
+"""Threads of the largest block; the kernels' launch bounds say the same."""
+
+
+class Sizes(NamedTuple):
+    """Sizes of one problem, and of the memory that the ``.cuh`` files lay out for it."""
+
+    n: int
+    p: int
+    m: int
+    lower: bool
+    upper: bool
+
+    @property
+    def bounded(self) -> bool:
+        return self.lower or self.upper
+
+    @property
+    def c(self) -> int:
+        """Directions of inequalities: rows of G, and one for each variable where there are bounds."""
+        return self.m + self.n * self.bounded
+
+    @property
+    def all(self) -> int:
+        """Directions: equalities too."""
+        return self.p + self.c
+
+    @property
+    def _columns(self) -> int:
+        return self.n * (self.all | 1)
+
+    @property
+    def _eliminated(self) -> int:
+        return self.p * self.all - self.p * (self.p - 1) // 2
+
+    @property
+    def _kkt(self) -> int:
+        return 7 * self.n + 5 * self.p + 3 * self.c + 2 * self.m + 2 * self.all
+
+    def forward(self, threads: int) -> int:
+        """Return the doubles of shared memory of a team that solves."""
+        n, p, m, c = self.n, self.p, self.m, self.c
+        regions = max(_triangle(n), _triangle(self.all)) + max(self._columns, _triangle(c) + _triangle(n))
+        rows = m + n * self.lower + n * self.upper
+        return regions + self._kkt + 3 * n + 3 * p + m + 7 * c + 6 * rows + (5 * c + 1) // 2 + threads + 1
+
+    def backward(self, threads: int) -> int:
+        """Return those of a team that differentiates."""
+        n, p, m, c = self.n, self.p, self.m, self.c
+        factors = _triangle(n) + self._eliminated + _triangle(c)
+        return factors + self._kkt + 3 * n + 2 * p + 2 * m + 2 * c + threads + 1
+
+    def kept(self) -> int:
+        """Return the doubles of global memory that an instance keeps."""
+        n, p, m = self.n, self.p, self.m
+        return _triangle(n) + self._columns + self._eliminated + _triangle(self.c) + 2 * n + 2 * p + 2 * m + 1
+
+
+def _triangle(k: int) -> int:
+    return k * (k + 1) // 2
+
+
+class Shape(NamedTuple):
+    """How a kernel is launched: its variant, threads of a block, problems of a block, shared doubles of a problem."""
+
+    variant: str
+    threads: int
+    problems: int
+    words: int
+
+
+class Launcher(ABC):
+    """Who compiles and launches the kernels: CUDA, or in tests a host compiler's version of them."""
+
+    device_type = "cuda"
+    warp = 32
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """Return what is missing to use it at all, or ``None``."""
+
+    @abstractmethod
+    def shared_bytes(self, device: torch.device) -> int:
+        """Return the most shared memory that a block can have."""
+
+    @abstractmethod
+    def launch(
+        self, kernel: str, like: Tensor, grid: int, threads: int, shared: int, arguments: list[int | float]
+    ) -> None:
+        """Launch a kernel for the dtype, and on the device and current stream, of ``like``.
+
+        Args:
+            shared: bytes of dynamic shared memory.
+            arguments: of 8 bytes each, in the order of ``problem.cuh``.
+        """
+
+
+class CudaLauncher(Launcher):
+    """Compiles with NVRTC and launches on torch's current stream, through ``cuda.core``."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[str, torch.dtype, int], Any] = {}
+
+    def missing(self) -> str | None:
+        """See `Launcher`."""
+        try:
+            found = importlib.util.find_spec("cuda.core") is not None
+        except ModuleNotFoundError:
+            found = False
+        if found:
+            return None
+        major = (torch.version.cuda or "13").split(".")[0]
+        return f"needs the package cuda.core: pip install 'diffopt-torch[cuda{major}]'"
+
+    def shared_bytes(self, device: torch.device) -> int:  # pragma: cuda
+        """See `Launcher`."""
+        return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+    def launch(  # pragma: cuda
+        self, kernel: str, like: Tensor, grid: int, threads: int, shared: int, arguments: list[int | float]
+    ) -> None:
+        """See `Launcher`."""
+        from cuda.core import Device, LaunchConfig, launch  # pyright: ignore[reportMissingImports]
+
+        index = like.device.index
+        with torch.cuda.device(index):
+            device = Device(index)
+            device.set_current()
+            compiled = self._kernel(kernel, like.dtype, index)
+            stream = device.create_stream(torch.cuda.current_stream(index))
+            launch(stream, LaunchConfig(grid=grid, block=threads, shmem_size=shared), compiled, *arguments)
+
+    def _kernel(self, name: str, dtype: torch.dtype, index: int) -> Any:  # pragma: cuda
+        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+        from cuda.core import Device, ObjectCode  # pyright: ignore[reportMissingImports]
+
+        key = (name, dtype, index)
+        if key not in self._kernels:
+            code = compiled(name, dtype, f"sm_{''.join(map(str, torch.cuda.get_device_capability(index)))}")
+            kernel = ObjectCode.from_cubin(code).get_kernel(name)
+            # More than 48 KB of dynamic shared memory has to be asked for.
+            wanted = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            most = self.shared_bytes(torch.device("cuda", index))
+            owner = driver.CUdevice(Device(index).device_id)
+            (error,) = driver.cuKernelSetAttribute(wanted, most, kernel.handle, owner)
+            if error != driver.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(f"The driver refused {most} bytes of shared memory for {name}: {error.name}.")
+            self._kernels[key] = kernel
+        return self._kernels[key]
+
+
+KERNELS = ("diffopt_solve_block", "diffopt_solve_warp", "diffopt_pullback_block", "diffopt_pullback_warp")
+
+
+@cache
+def compiled(name: str, dtype: torch.dtype, architecture: str) -> bytes:
+    """Return a kernel's machine code, by NVRTC. Takes seconds; needs no device."""
+    from cuda.core import Program, ProgramOptions  # pyright: ignore[reportMissingImports]
+
+    macros = [
+        ("DIFFOPT_REAL", "float" if dtype == torch.float32 else "double"),
+        ("DIFFOPT_ONLY", str(1 << KERNELS.index(name))),
+    ]
+    options = ProgramOptions(std="c++17", arch=architecture, include_path=str(SOURCES), define_macro=macros)
+    return bytes(Program((SOURCES / "kernels.cu").read_text(), "c++", options).compile("cubin").code)
+
+
+class Saved(NamedTuple):
+    """What a solve keeps for its pullback: its records, and the data as they were passed."""
+
+    kept: Tensor
+    lists: Tensor
+    sizes: Sizes
+    fields: dict[str, _Field]
+
+
+class CudaExecutor(Executor):
+    """See the module.
+
+    Args:
+        launcher: see `Launcher`.
+    """
+
+    def __init__(self, launcher: Launcher | None = None) -> None:
+        self.launcher = CudaLauncher() if launcher is None else launcher
+
+    def refuses(self, data: Data, settings: Settings) -> str | None:
+        """See `Executor`."""
+        device = data.q.device
+        if device.type != self.launcher.device_type:
+            return f"runs on CUDA devices, the data is on {device.type}"
+        if not isinstance(data.Q, Dense):
+            return f"takes a dense Q, not {type(data.Q).__name__}"
+        sizes = _sizes(data)
+        rows = sizes.m + (sizes.n if sizes.bounded else 0)
+        if rows > WIDEST * sizes.n:
+            return f"takes up to {WIDEST} constraints for each variable, not {rows} for {sizes.n}"
+        if settings.reduction not in ("auto", "dual"):
+            return f"works in the dual form, not {settings.reduction!r}"
+        if not settings.polish:
+            return "always polishes"
+        missing = self.launcher.missing()
+        if missing is not None:
+            return missing
+        limit = self.launcher.shared_bytes(device)
+        for backward in (False, True):
+            needed = 8 * self._shape(sizes, device, backward).words
+            if needed > limit:
+                return f"needs {needed} bytes of shared memory for a problem of this size, the device has {limit}"
+        return None
+
+    def solve(self, data: Data, settings: Settings, tolerance: float, weak_tolerance: float, keep: bool) -> Answer:
+        """See `Executor`."""
+        sizes, batch, q = _sizes(data), data.batch, data.q
+        count = batch.numel()
+        fields = _fields(data)
+        x, s, lam = q.new_empty((*batch, sizes.n)), q.new_empty((*batch, sizes.m)), q.new_empty((*batch, sizes.m))
+        nu, lower, upper = q.new_empty((*batch, sizes.p)), torch.empty_like(x), torch.empty_like(x)
+        status = torch.empty(batch, dtype=torch.int8, device=q.device)
+        counts = torch.empty((3, *batch), dtype=torch.int64, device=q.device)
+        residuals = torch.empty((3, *batch), dtype=torch.float64, device=q.device)
+        unsolved = torch.zeros(1, dtype=torch.int32, device=q.device)
+        kept = torch.empty(count * sizes.kept(), dtype=torch.float64, device=q.device)
+        lists = torch.empty(count * (sizes.c + 1), dtype=torch.int32, device=q.device)
+        shape = self._shape(sizes, q.device, backward=False)
+        if count:
+            pairs = [v for name in ("Q", "q", "A", "b", "G", "h", "lower", "upper") for v in fields[name].pair()]
+            outputs = (kept, lists, x, s, lam, nu, lower, upper, status, counts, residuals, unsolved)
+            arguments: list[int | float] = [*pairs, sizes.n, sizes.p, sizes.m, count, *map(_pointer, outputs)]
+            arguments += [settings.max_iterations, float(tolerance), float(weak_tolerance)]
+            self._launch("solve", q, count, shape, arguments)
+        saved = Saved(kept, lists, sizes, fields) if keep else None
+        left = int(unsolved.item())
+        return Answer(x, s, lam, nu, lower, upper, status, residuals, counts, left, saved, f"cuda:{shape.variant}")
+
+    def pullback(
+        self, data: Data, answer: Answer, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """See `Executor`."""
+        saved: Saved = answer.saved
+        sizes, fields = saved.sizes, saved.fields
+        n, p, m = sizes.n, sizes.p, sizes.m
+        batch, q = data.batch, data.q
+        count = batch.numel()
+        names = ("Q", "q", "A", "b", "G", "h", "lower", "upper")
+        wanted = dict(zip(names, needed, strict=True))
+        cores = {"Q": (n, n), "q": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,), "lower": (n,), "upper": (n,)}
+        # A shared matrix collects the outer products of all instances, of which the kernel writes the vectors.
+        collected = [name for name in ("Q", "A", "G") if wanted[name] and fields[name].stride == 0]
+        found = {
+            name: q.new_empty((*batch, *cores[name])) if wanted[name] and name not in collected else None
+            for name in names
+        }
+        vectors = q.new_empty((count, 2 * (n + p + m)), dtype=torch.float64) if collected else None
+        if count:
+            pairs = [v for name in ("Q", "A", "G", "h") for v in fields[name].pair()]
+            incoming = [None if g is None else g.contiguous() for g in gradients]
+            tensors = (saved.kept, saved.lists, *incoming, *found.values(), vectors)
+            arguments = [*pairs, int(sizes.bounded), n, p, m, count, *map(_pointer, tensors)]
+            self._launch("pullback", q, count, self._shape(sizes, q.device, backward=True), arguments)
+        if vectors is not None:
+            y, y_eq, dh, lam, x, nu = vectors.split((n, p, m, m, n, p), -1)
+            sums = {"Q": lambda: -0.5 * (y.mT @ x + x.mT @ y), "A": lambda: -(nu.mT @ y + y_eq.mT @ x)}
+            sums["G"] = lambda: -(lam.mT @ y + dh.mT @ x)
+            for name in collected:
+                found[name] = sums[name]().to(q.dtype)
+        return tuple(
+            None if gradient is None or tensor is None else gradient.sum_to_size(tensor.shape)
+            if gradient.dim() >= tensor.dim() else gradient.expand(tensor.shape)
+            for gradient, tensor in zip(found.values(), data.tensors(), strict=True)
+        )  # fmt: skip
+
+    def _shape(self, sizes: Sizes, device: torch.device, backward: bool) -> Shape:
+        def words(threads: int) -> int:
+            return sizes.backward(threads) if backward else sizes.forward(threads)
+
+        warp = self.launcher.warp
+        if sizes.n <= WARP_UP_TO:
+            fit = self.launcher.shared_bytes(device) // (8 * words(warp))
+            problems = max(1, min(WARPS, fit))
+            return Shape("warp", warp * problems, problems, words(warp))
+        threads = MOST_THREADS if max(sizes.n, sizes.all) > 48 else MOST_THREADS // 2
+        return Shape("block", threads, 1, words(threads))
+
+    def _launch(self, name: str, like: Tensor, count: int, shape: Shape, arguments: list[int | float]) -> None:
+        grid = -(-count // shape.problems)
+        kernel = f"diffopt_{name}_{shape.variant}"
+        shared = 8 * shape.words * shape.problems
+        self.launcher.launch(kernel, like, grid, shape.threads, shared, [*arguments, shape.words])
+
+
+class _Field(NamedTuple):
+    """A tensor of the data as a kernel takes it: contiguous, or absent; numbers between instances, 0 if shared."""
+
+    tensor: Tensor | None
+    stride: int
+
+    def pair(self) -> tuple[int, int]:
+        return _pointer(self.tensor), self.stride
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _sizes(data: Data) -> Sizes:
+    lower, upper = data.lower is not None, data.upper is not None
+    return Sizes(data.q.shape[-1], data.A.shape[-2], data.G.shape[-2], lower, upper)
+
+
+def _fields(data: Data) -> dict[str, _Field]:
+    names, dims = ("Q", "q", "A", "b", "G", "h", "lower", "upper"), (2, 1, 2, 1, 2, 1, 1, 1)
+    return {name: _field(v, k, data.batch) for name, v, k in zip(names, data.tensors(), dims, strict=True)}
+
+
+def _field(tensor: Tensor | None, dims: int, batch: torch.Size) -> _Field:
+    if tensor is None:
+        return _Field(None, 0)
+    lead, core = tensor.shape[: tensor.dim() - dims], tensor.shape[tensor.dim() - dims :]
+    if lead.numel() == 1 and batch.numel() != 1:
+        return _Field(tensor.contiguous(), 0)
+    return _Field(tensor.expand(*batch, *core).contiguous(), core.numel())
+
+
+_executor: CudaExecutor | None = None
+
+
+def get() -> CudaExecutor | None:
+    """Return the executor, or ``None`` where its compiler is not installed (said once, in a warning)."""
+    global _executor, _warned
+    if _executor is None:
+        executor = CudaExecutor()
+        reason = executor.launcher.missing()
+        if reason is None:
+            _executor = executor
+        elif not _warned:
+            _warned = True
+            warnings.warn(
+                f"diffopt solves on CUDA devices in torch operations, many times slower: the CUDA executor {reason}",
+                CompiledExecutorWarning,
+                stacklevel=2,
+            )
+    return _executor
+
+
+_warned = False
