@@ -119,9 +119,11 @@ def _executor(data: Data, settings: Settings) -> Executor | None:
     if wanted == "torch" or data.batch.numel() == 0 or (wanted == "auto" and device not in _KINDS):
         return None
     found = _KINDS[device if wanted == "auto" else wanted].get()
-    reason = "is not installed" if found is None else found.refuses(data, settings)
+    reason = "has no compiled library" if found is None else found.refuses(data, settings)
     if reason is None:
         return found
+    if device == "cuda" and wanted == "auto":
+        cuda_executor.warn_if_missing()
     if wanted != "auto":
         raise BackendUnsupported(
             f"Executor {wanted!r} cannot take this problem: it {reason}. Pass Settings(executor='auto')."

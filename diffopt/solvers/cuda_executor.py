@@ -291,7 +291,7 @@ class CudaExecutor(Executor):
             pairs = [v for name in ("Q", "A", "G", "h") for v in fields[name].pair()]
             incoming = [None if g is None else g.contiguous() for g in gradients]
             tensors = (saved.kept, saved.lists, *incoming, *found.values(), vectors)
-            arguments = [*pairs, int(sizes.bounded), n, p, m, count, *map(_pointer, tensors)]
+            arguments: list[int | float] = [*pairs, int(sizes.bounded), n, p, m, count, *map(_pointer, tensors)]
             self._launch("pullback", q, count, self._shape(sizes, q.device, backward=True), arguments)
         if vectors is not None:
             y, y_eq, dh, lam, x, nu = vectors.split((n, p, m, m, n, p), -1)
@@ -358,24 +358,25 @@ def _field(tensor: Tensor | None, dims: int, batch: torch.Size) -> _Field:
 
 
 _executor: CudaExecutor | None = None
+_warned = False
 
 
-def get() -> CudaExecutor | None:
-    """Return the executor, or ``None`` where its compiler is not installed (said once, in a warning)."""
-    global _executor, _warned
+def get() -> CudaExecutor:
+    """Return the executor; where what it needs is not installed, it refuses everything."""
+    global _executor
     if _executor is None:
-        executor = CudaExecutor()
-        reason = executor.launcher.missing()
-        if reason is None:
-            _executor = executor
-        elif not _warned:
-            _warned = True
-            warnings.warn(
-                f"diffopt solves on CUDA devices in torch operations, many times slower: the CUDA executor {reason}",
-                CompiledExecutorWarning,
-                stacklevel=2,
-            )
+        _executor = CudaExecutor()
     return _executor
 
 
-_warned = False
+def warn_if_missing() -> None:
+    """Say once what is missing, what that costs, and how to get it."""
+    global _warned
+    reason = get().launcher.missing()
+    if reason is not None and not _warned:
+        _warned = True
+        warnings.warn(
+            f"diffopt solves on CUDA devices in torch operations, many times slower: its CUDA executor {reason}",
+            CompiledExecutorWarning,
+            stacklevel=2,
+        )
