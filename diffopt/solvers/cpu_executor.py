@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,13 +31,34 @@ _CALL = struct.Struct("25q14q2d6q")
 _GRADIENTS = struct.Struct("14q")
 
 
-class Saved(NamedTuple):
+_spare: list[Tensor] = []
+"""At most one block of records (up to 256 MiB) that the next solve can have."""
+
+
+def _take(size: int) -> Tensor:
+    """Return memory for so many numbers: that of the last pullback if it fits, for new memory is slow memory."""
+    try:
+        spare = _spare.pop()
+    except IndexError:
+        return torch.empty(size, dtype=torch.float64)
+    return spare if size <= spare.numel() <= 2 * size + 1024 else torch.empty(size, dtype=torch.float64)
+
+
+def _give_back(records: Tensor, spare: list[Tensor] = _spare) -> None:
+    if len(spare) == 0 and 8 * records.numel() <= 2**28:
+        spare.append(records)
+
+
+class Saved:
     """What a solve keeps for its pullback: its records, and what it passed to the library and how."""
 
-    records: Tensor
-    kept: tuple[Tensor, ...]
-    layout: _Layout
-    call: bytes
+    __slots__ = ("call", "kept", "layout", "records")
+
+    def __init__(self, records: Tensor, kept: tuple[Tensor, ...], layout: _Layout, call: bytes) -> None:
+        self.records, self.kept, self.layout, self.call = records, kept, layout, call
+
+    def __del__(self, give_back: Callable[[Tensor], None] = _give_back) -> None:
+        give_back(self.records)  # (bound early: at the end of the process modules are emptied)
 
 
 class CpuExecutor(Executor):
@@ -83,7 +104,7 @@ class CpuExecutor(Executor):
         saved, size, once, at_saved, at_once = None, 0, 0, 0, 0
         if keep:
             size, once = layout.saved(self.handle)
-            saved = torch.empty(count * size + once, dtype=torch.float64)
+            saved = _take(count * size + once)
             at_saved = saved.data_ptr()
             at_once = at_saved + 8 * count * size if once else 0
         at = counts.data_ptr()
