@@ -44,14 +44,22 @@ SIZES = {"small": 1, "large": 8}
 
 
 def drawn(size: str, count: int, dtype: torch.dtype = f64, shared: bool = False, seed: int = 0) -> Data:
-    """Return well-posed problems with equalities, rows, and bounds some of which are infinite."""
+    """Return well-posed problems with equalities, rows, and bounds some of which are infinite.
+
+    Those with matrices of their own are each in units of its own.
+    """
     n, p, m = (SIZES[size] * v for v in (5, 1, 3))
     problem = known.quadratic_program(
         seed, n, p, m, bounds="mixed", batch=(count,), condition=10.0, shared=shared, dtype=dtype
     )
     rows = n + p > cpu_executor.LANES_UP_TO or n + m > cpu_executor.LANES_UP_TO
     assert rows == (size == "large")
-    return present(problem.arguments())
+    data = present(problem.arguments())
+    for k, names in enumerate((("Q", "q"), ("A", "b"), ("G", "h"))):
+        for name in names if not shared else ():
+            units = 4.0 ** ((torch.arange(count) * (k + 2)) % 5 - 2)
+            data[name] = data[name] * units.to(dtype).reshape(-1, *[1] * (data[name].dim() - 1))
+    return data
 
 
 def present(arguments: dict[str, Any]) -> Data:
@@ -230,6 +238,23 @@ def test_bits_beside_a_problem_that_takes_many_iterations() -> None:
     assert int(found.iterations.max()) >= 2 * int(found.iterations.min())
     for name in (*OUTPUTS, *COUNTS):
         assert same_bits(getattr(found, name), getattr(whole, name)[index]), name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bits_beside_problems_that_are_harder(size: str) -> None:
+    # Neighbours need more Newton steps at the end, and leave no trace of them.
+    n, count = 6 * SIZES[size], 64 // SIZES[size]
+    generator = torch.Generator().manual_seed(2)
+    basis = torch.linalg.qr(torch.randn(count, n, n, dtype=f64, generator=generator)).Q
+    decades = 7.5 * torch.rand(count, 1, 1, dtype=f64, generator=generator)
+    Q = (basis * 10 ** (-decades * torch.rand(count, 1, n, dtype=f64, generator=generator))) @ basis.mT
+    G, q = (torch.randn(count, *s, dtype=f64, generator=generator) for s in ((n, n), (n,)))
+    data = {"Q": 0.5 * (Q + Q.mT), "q": q, "G": G, "h": torch.rand(count, n, dtype=f64, generator=generator)}
+    weights = cotangents(data, count)
+    together = everything(*pulled(data, weights))
+    for i in range(count):
+        for name, v in everything(*pulled(pick(data, [i]), pick(weights, [i]))).items():
+            assert same_bits(together[name][i], v[0]), (name, i)
 
 
 # ---- layouts of the data ---------------------------------------------------------------------------------------------
@@ -479,6 +504,19 @@ def test_repeated_rows_get_the_answer_of_torch(size: str, extra: dict[str, Any])
     assert measures.relative(ours.x, theirs.x) <= X_REFERENCE
     for piece in ("Q", "q"):
         assert measures.relative(our_gradients[piece], their_gradients[piece]) <= GRADIENT_REFERENCE, piece
+
+
+@pytest.mark.parametrize("apart", [1e-3, 1e-5])
+@pytest.mark.parametrize("size", SIZES)
+def test_nearly_repeated_rows_count_as_dependent_where_torch_says_so(size: str, apart: float) -> None:
+    n = 5 * SIZES[size]
+    a, change = torch.randn(2, n, generator=torch.Generator().manual_seed(0), dtype=f64)
+    G = torch.stack([a, a + apart * change])
+    data: dict[str, Any] = {"Q": torch.eye(n, dtype=f64), "q": -G.sum(0), "G": G, "h": torch.zeros(2, dtype=f64)}
+    ours, theirs = (diffopt.solve_qp(**data, settings=Settings(executor=name)) for name in ("cpu", "torch"))
+    assert int(ours.dependent) == int(theirs.dependent) == (apart < 1e-4)
+    assert ours.executor == ("cpu:dual+torch:dual" if apart < 1e-4 else "cpu:dual")
+    assert measures.relative(ours.x, theirs.x) <= X_REFERENCE
 
 
 @pytest.mark.parametrize("bounds", [None, "lower", "upper", "both", "mixed"])

@@ -79,25 +79,7 @@ struct Team {
 
     // Combine each v[i] over the team; all threads get the result, in an order that is always the same. A barrier, too.
     template <class Op, int N>
-    __device__ void combine(double (&v)[N]) const {
-        if constexpr (!WHOLE_BLOCK) sync();  // shuffles alone order no memory
-        for (int i = 0; i < N; ++i) v[i] = across_warp<Op>(v[i]);
-        if constexpr (WHOLE_BLOCK) {
-            // In rounds of what the scratch memory holds.
-            constexpr int ROUND = N < WARP ? N : WARP;
-            for (int first = 0; first < N; first += ROUND) {
-                for (int i = first; i < N && i < first + ROUND; ++i) {
-                    if (lane() == 0) scratch[warp() * ROUND + i - first] = v[i];
-                }
-                sync();
-                for (int i = first; i < N && i < first + ROUND; ++i) {
-                    v[i] = scratch[i - first];
-                    for (int w = 1; w < warps(); ++w) v[i] = Op::of(v[i], scratch[w * ROUND + i - first]);
-                }
-                sync();  // the scratch memory is free again
-            }
-        }
-    }
+    __device__ void combine(double (&v)[N]) const;
 
     template <int N>
     __device__ void sum(double (&v)[N]) const {
@@ -113,5 +95,54 @@ struct Team {
         return v[0] > 0;
     }
 };
+
+constexpr int CHUNK = WARP < 4 ? WARP : 4;    // numbers whose shuffles overlap
+constexpr int ROUND = WARP < 16 ? WARP : 16;  // numbers of each warp that the scratch memory takes at a time
+
+// What `Team::combine` does, for `count` numbers, a multiple of CHUNK. Compiled once: inline it would be most of the code.
+template <class Op, bool WHOLE_BLOCK>
+DIFFOPT_STEP void combine_over(const Team<WHOLE_BLOCK>& team, double* v, int count) {
+    if constexpr (!WHOLE_BLOCK) team.sync();  // shuffles alone order no memory
+#pragma unroll 1
+    for (int first = 0; first < count; first += CHUNK) {
+        double part[CHUNK];
+        for (int b = 0; b < CHUNK; ++b) part[b] = v[first + b];
+        for (int other = WARP / 2; other > 0; other /= 2) {
+            for (int b = 0; b < CHUNK; ++b) part[b] = Op::of(part[b], __shfl_xor_sync(EVERY_LANE, part[b], other));
+        }
+        for (int b = 0; b < CHUNK; ++b) v[first + b] = part[b];
+    }
+    if constexpr (WHOLE_BLOCK) {
+        double* scratch = in_shared(team.scratch);
+#pragma unroll 1
+        for (int first = 0; first < count; first += ROUND) {
+            const int here = count - first < ROUND ? count - first : ROUND;
+            if (team.lane() < here) scratch[team.warp() * ROUND + team.lane()] = v[first + team.lane()];
+            team.sync();
+            if (team.rank < here) {
+                double all = scratch[team.rank];
+#pragma unroll 4
+                for (int w = 1; w < team.warps(); ++w) all = Op::of(all, scratch[w * ROUND + team.rank]);
+                scratch[team.rank] = all;  // nobody else reads this column
+            }
+            team.sync();
+#pragma unroll 1
+            for (int k = 0; k < here; ++k) v[first + k] = scratch[k];
+            team.sync();  // the scratch memory is free again
+        }
+    }
+}
+
+template <bool WHOLE_BLOCK>
+template <class Op, int N>
+__device__ inline void Team<WHOLE_BLOCK>::combine(double (&v)[N]) const {
+    constexpr int PADDED = (N + CHUNK - 1) / CHUNK * CHUNK;
+    double all[PADDED];
+#pragma unroll
+    for (int k = 0; k < PADDED; ++k) all[k] = k < N ? v[k] : 0.0;
+    combine_over<Op>(*this, all, PADDED);
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] = all[k];
+}
 
 }  // namespace diffopt

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffopt.solvers.cuda_executor import SOURCES, Launcher, Shape
+from diffopt.solvers.cuda_executor import SOURCES, Launcher
 
 HERE = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
@@ -84,17 +84,3 @@ class ShimLauncher(Launcher):
         loaded = library("float" if like.dtype == torch.float32 else "double", self.warp)
         count = loaded.shim_launch(kernel.encode(), grid, threads, shared, words, len(arguments))
         assert count == len(arguments), f"{kernel} takes {count} arguments, got {len(arguments)}"
-
-
-def force(executor: object, variant: str) -> None:
-    """Make an executor take one variant for every size."""
-    original = executor._shape  # type: ignore[attr-defined]
-
-    def shape(sizes, device, backward):  # type: ignore[no-untyped-def]
-        words = sizes.backward if backward else sizes.forward
-        if variant == "block":
-            return Shape("block", 256, 1, words(256))
-        found = original(sizes, device, backward)
-        return found
-
-    executor._shape = shape  # type: ignore[attr-defined]

@@ -1,0 +1,427 @@
+"""The CUDA executor: its kernels against torch operations. Without a GPU they run behind ``solvers/cuda/shim.hpp``."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffopt
+from diffopt import Settings, Status, kkt
+from diffopt.linalg.matrices import Dense, Diagonal
+from diffopt.problems.forms import QPForm
+from diffopt.solvers import cuda_executor, pdipm
+from diffopt.solvers.cuda_executor import CudaExecutor, CudaLauncher, Sizes
+from diffopt.solvers.executor import Answer, Data
+from measures import relative
+from solvers.cuda.shim import ShimLauncher, library
+from tolerances import GRADIENT, GRADIENT_REFERENCE, RESIDUAL, SOLUTION, X_REFERENCE
+
+NAMES = ("Q", "q", "A", "b", "G", "h", "lower", "upper")
+OUTPUTS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper")
+f64 = torch.float64
+Problem = dict[str, Any]  # tensors
+
+
+def optnet(batch: int, n: int, m: int, p: int = 0, bounds: str = "", seed: int = 0, shared: str = "") -> Problem:
+    """OptNet's problems, about half of the rows active, with bounds named in ``bounds``; Q is not given symmetric.
+
+    Args:
+        shared: names of pieces that all instances share.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def lead(name: str) -> tuple[int, ...]:
+        return () if name in shared.split() else (batch,)
+
+    U = torch.rand(*lead("Q"), n, n, dtype=f64, generator=g)
+    A = torch.randn(*lead("A"), p, n, dtype=f64, generator=g)
+    G = torch.randn(*lead("G"), m, n, dtype=f64, generator=g)
+    q, x = (torch.randn(batch, n, dtype=f64, generator=g) for _ in range(2))
+    data = {"Q": U @ U.mT + 1e-3 * torch.eye(n, dtype=f64) + 0.1 * (U - U.mT), "q": q}
+    data |= {"A": A, "b": (A @ x[..., None])[..., 0], "G": G}
+    data["h"] = (G @ x[..., None])[..., 0] + torch.rand(batch, m, dtype=f64, generator=g)
+    for name, sign in (("lower", -1), ("upper", 1)):
+        if name in bounds:
+            data[name] = x + sign * torch.rand(batch, n, dtype=f64, generator=g)
+    return data
+
+
+def data_of(problem: Problem, batch: torch.Size | None = None) -> Data:
+    pieces = [problem.get(name) for name in NAMES]
+    Q = Dense(problem["Q"])
+    return Data(Q, *pieces[1:], problem["q"].shape[:-1] if batch is None else batch)  # type: ignore[arg-type]
+
+
+def solve(executor: CudaExecutor, problem: Problem, **settings: Any) -> Answer:
+    data, chosen = data_of(problem), Settings(**settings)
+    assert executor.refuses(data, chosen) is None
+    dtype = problem["q"].dtype
+    tolerance = min(chosen.tolerance_for(dtype), 1e-8 if dtype == torch.float32 else 1.0)
+    return executor.solve(data, chosen, tolerance, chosen.weak_tolerance_for(dtype), keep=True)
+
+
+def weights(answer: Answer, seed: int = 5) -> tuple[Tensor, ...]:
+    """Draw the coefficients of a linear function of all outputs; none for an infinite slack."""
+    g = torch.Generator().manual_seed(seed)
+    drawn = (torch.randn(v.shape, dtype=f64, generator=g) for v in answer[:6])
+    return tuple(
+        torch.where(v.isinf().cpu(), 0.0, w).to(v.dtype).to(v.device) for v, w in zip(answer[:6], drawn, strict=True)
+    )
+
+
+def reference(problem: Problem, weights: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Differentiate the linear function of the outputs by torch operations alone."""
+    leaves: Problem = {name: v.detach().clone().requires_grad_() for name, v in problem.items()}
+    solution = diffopt.solve_qp(**leaves, settings=Settings(executor="torch"))
+    total = sum(
+        torch.where(v.isinf(), 0.0, w * v).sum()
+        for name, w in zip(OUTPUTS, weights, strict=True)
+        for v in [getattr(solution, name)]
+    )
+    gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)  # type: ignore[arg-type]
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def pull_back(executor: CudaExecutor, problem: Problem, answer: Answer, weights: tuple[Tensor | None, ...]) -> Problem:
+    needed = tuple(name in problem for name in NAMES)
+    found = executor.pullback(data_of(problem), answer, weights, needed)
+    return {name: v for name, v in zip(NAMES, found, strict=True) if v is not None}
+
+
+def compare(executor: CudaExecutor, problem: Problem) -> Answer:
+    """Solve and differentiate by the kernels and by torch operations; both must agree."""
+    double = problem["q"].dtype == f64
+    answer = solve(executor, problem)
+    expected = pdipm.solve(data_of({name: v.double() for name, v in problem.items()}), Settings(), 1e-9)
+    assert answer.unsolved == 0 and (answer.status == Status.SOLVED).all()
+    for name in OUTPUTS:
+        got, want = getattr(answer, name), getattr(expected, name)
+        assert torch.equal(got.isinf(), want.isinf())
+        error = relative(got.nan_to_num(posinf=0.0), want.nan_to_num(posinf=0.0).to(got.dtype))
+        assert error <= (X_REFERENCE if double else SOLUTION[torch.float32]), (name, error)
+    coefficients = weights(answer)
+    gradients, wanted = pull_back(executor, problem, answer, coefficients), reference(problem, coefficients)
+    assert list(gradients) == list(problem)
+    for name, gradient in gradients.items():
+        error = relative(gradient, wanted[name])
+        assert error <= (GRADIENT_REFERENCE if double else GRADIENT[torch.float32]), (name, error)
+    return answer
+
+
+@pytest.fixture
+def serial() -> CudaExecutor:
+    """One thread does everything: fast."""
+    return CudaExecutor(ShimLauncher())
+
+
+@pytest.fixture(params=["warp", "block"])
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each variant, whatever the size."""
+    monkeypatch.setattr(cuda_executor, "WARP_UP_TO", 1000 if request.param == "warp" else 0)
+    return request.param
+
+
+@pytest.mark.parametrize("bounds", ["", "lower", "upper", "lower upper"])
+@pytest.mark.parametrize(("n", "m", "p"), [(1, 1, 0), (3, 0, 2), (10, 10, 0), (10, 5, 3), (20, 18, 5), (41, 36, 7)])
+def test_agrees_with_torch(serial: CudaExecutor, n: int, m: int, p: int, bounds: str) -> None:
+    problem = optnet(4, n, m if not bounds else m // 2, p, bounds)
+    answer = compare(serial, problem)
+    point = kkt.Point(answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper)
+    again = kkt.residuals(QPForm(**problem), point)
+    for mine, theirs in zip(answer.residuals, again, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-12  # both are at rounding level, each in its own order of summation
+    assert answer.residuals.max() <= RESIDUAL[f64] * 1e-3
+
+
+def test_many_problems_none_left(serial: CudaExecutor) -> None:
+    # Textbook Mehrotra cycles on about one in 3,000 of these.
+    problem = optnet(1024, 6, 6, seed=1)
+    answer = solve(serial, problem)
+    expected = pdipm.solve(data_of(problem), Settings(), 1e-9)
+    assert answer.unsolved == 0 and answer.counts[0].max() <= 25
+    assert relative(answer.x, expected.x) <= X_REFERENCE and relative(answer.lam, expected.lam) <= X_REFERENCE
+
+
+def test_without_constraints(serial: CudaExecutor, variant: str) -> None:
+    answer = compare(serial, optnet(3, 5, 0, 0))
+    assert answer.counts[0].tolist() == [0, 0, 0] and answer.name == f"cuda:{variant}"
+
+
+@pytest.mark.parametrize("shared", ["Q", "G A", "Q A G"])
+def test_shared_data_sums_its_gradient(serial: CudaExecutor, shared: str) -> None:
+    problem = optnet(5, 8, 6, 2, "lower", shared=shared)
+    for name in shared.split():
+        assert problem[name].dim() == 2
+    problem["lower"] = problem["lower"].amin(0)
+    compare(serial, problem)
+
+
+def test_partly_shared_data(serial: CudaExecutor) -> None:
+    problem = {name: v.unflatten(0, (2, 3)) for name, v in optnet(6, 5, 4, 1).items()}
+    problem["G"], problem["Q"] = problem["G"][:, :1], problem["Q"][0, 0]
+    # With G changed, h has to leave room again.
+    problem["h"] = problem["h"].abs() + 3
+    compare(serial, problem)
+
+
+def test_float32_is_solved_in_float64(serial: CudaExecutor) -> None:
+    problem = optnet(4, 12, 6, 2, "lower")
+    problem["Q"] = problem["Q"] + torch.eye(12)
+    answer = compare(serial, {name: v.float() for name, v in problem.items()})
+    assert answer.x.dtype == torch.float32 and answer.residuals.dtype == f64
+    assert answer.residuals.max() <= 1e-8  # of the float64 point, before its rounding
+
+
+@pytest.mark.parametrize(("warp", "warps"), [(4, 1), (4, 3), (32, 1)])
+def test_many_threads_agree_with_one(variant: str, warp: int, warps: int) -> None:
+    problem = optnet(3, 19, 8, 3, "lower", shared="G")  # two panels, and more tiles than one
+    executor, lone = CudaExecutor(ShimLauncher(warp, warps)), CudaExecutor(ShimLauncher())
+    answer, expected = solve(executor, problem), solve(lone, problem)
+    assert torch.equal(answer.counts, expected.counts) and answer.unsolved == 0
+    assert all(relative(a, b) <= 1e-12 for a, b in zip(answer[:6], expected[:6], strict=True))
+    coefficients = weights(answer)
+    ours, theirs = (pull_back(e, problem, a, coefficients) for e, a in ((executor, answer), (lone, expected)))
+    assert all(relative(ours[name], theirs[name]) <= 1e-11 for name in problem)
+
+
+def same_bits(a: Answer, b: Answer, where: list[int], there: list[int]) -> bool:
+    return all(torch.equal(u[where], v[there]) for u, v in zip(a[:7], b[:7], strict=True)) and all(
+        torch.equal(u[:, where], v[:, there]) for u, v in zip(a[7:9], b[7:9], strict=True)
+    )
+
+
+@pytest.mark.parametrize("launcher", [ShimLauncher(), ShimLauncher(4, 2)], ids=["serial", "threads"])
+def test_an_instance_does_not_know_its_neighbours(variant: str, launcher: ShimLauncher) -> None:
+    executor = CudaExecutor(launcher)
+    problem = optnet(5, 9, 7, 2, "upper")
+    answer = solve(executor, problem)
+    order = [3, 0, 4]
+    moved = solve(executor, {name: v[order] for name, v in problem.items()})
+    assert same_bits(answer, moved, order, [0, 1, 2])
+    coefficients = weights(answer)
+    before = pull_back(executor, problem, answer, coefficients)
+    keep = [0, 1, 3, 4]
+    for name in problem:
+        spoiled = problem | {name: problem[name].clone()}
+        spoiled[name].view(5, -1)[2, -1] = torch.nan
+        again = solve(executor, spoiled)
+        assert again.status.tolist() == [1, 1, 0, 1, 1] and again.unsolved == 1
+        assert same_bits(answer, again, keep, keep)
+        after = pull_back(executor, spoiled, again, coefficients)
+        for piece in problem:
+            assert torch.equal(before[piece][keep], after[piece][keep]) and (after[piece][2] == 0).all()
+
+
+def broken(kind: str) -> Problem:
+    """Return three problems of which the middle one is not for this executor."""
+    problem = optnet(3, 6, 4, 2, "lower upper")
+    one = {name: v[1] for name, v in problem.items()}
+    if kind == "fixed variable":
+        one["upper"][2] = one["lower"][2]
+    elif kind == "crossed bounds":
+        one["upper"][2] = one["lower"][2] - 1
+    elif kind == "indefinite":
+        one["Q"][0, 0] = -100.0
+    elif kind == "ill-conditioned":
+        one["Q"][:] = torch.diag(torch.tensor([1, 1, 1, 1, 1, 1e-10], dtype=f64))
+    elif kind == "dependent equalities":
+        one["A"][1], one["b"][1] = one["A"][0], one["b"][0]
+    elif kind == "infeasible":
+        one["G"][0] = -one["G"][1]
+        one["h"][0] = -one["h"][1] - 1
+    elif kind == "dependent active rows":
+        one["G"][1] = one["G"][0] = one["q"]
+        one["h"][:2] = (one["G"][0] * 0.5 * (one["lower"] + one["upper"])).sum() + 1e-3
+        one["q"][:] = -50 * one["q"]
+    elif kind == "infinite":
+        one["h"][0] = -torch.inf
+    return problem
+
+
+KINDS = (
+    "fixed variable", "crossed bounds", "indefinite", "ill-conditioned", "dependent equalities", "infeasible",
+    "dependent active rows", "infinite",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_leaves_to_others(serial: CudaExecutor, kind: str) -> None:
+    problem = broken(kind)
+    answer = solve(serial, problem)
+    assert answer.status.tolist() == [Status.SOLVED, Status.UNSOLVED, Status.SOLVED] and answer.unsolved == 1
+    assert answer.x[1].isnan().all() and answer.residuals[:, 1].isnan().all()
+    # Whoever solved it in the end: nothing of it comes from here.
+    answer.status[1] = Status.SOLVED
+    gradients = pull_back(serial, problem, answer, tuple(torch.ones_like(v) for v in answer[:6]))
+    assert all((v[1] == 0).all() and v[0].isfinite().all() for v in gradients.values())
+
+
+def test_few_iterations_leave_it_unsolved(serial: CudaExecutor) -> None:
+    answer = solve(serial, optnet(4, 20, 20), max_iterations=2)
+    assert answer.unsolved > 0 and answer.counts[0].max() <= 2
+
+
+def test_absent_sides(serial: CudaExecutor) -> None:
+    problem = optnet(4, 8, 6, 1, "lower upper")
+    problem["h"][:, 2] = torch.inf
+    problem["lower"][1:, 3], problem["upper"][2:, 3:5] = -torch.inf, torch.inf
+    answer = compare(serial, problem)
+    assert answer.s[:, 2].isinf().all() and (answer.lam[:, 2] == 0).all()
+
+
+def test_sides_far_away(serial: CudaExecutor) -> None:
+    problem = optnet(4, 6, 3, 2)
+    problem["lower"], problem["upper"] = torch.full((6,), -1e12, dtype=f64), torch.full((4, 6), 1e9, dtype=f64)
+    compare(serial, problem)
+
+
+@pytest.mark.parametrize("k", [1e-8, 1e-3, 1e6])
+def test_units_do_not_matter(serial: CudaExecutor, k: float) -> None:
+    problem = optnet(4, 6, 5, 2, "lower", seed=3)
+    plain = solve(serial, problem)
+    scaled = solve(serial, problem | {"Q": k * problem["Q"], "q": k * problem["q"]})
+    assert scaled.unsolved == 0
+    assert relative(scaled.x, plain.x) <= 1e-9 and relative(scaled.lam / k, plain.lam) <= 1e-9
+    rows = solve(serial, problem | {name: k * problem[name] for name in ("A", "b", "G", "h")})
+    assert rows.unsolved == 0
+    assert relative(rows.x, plain.x) <= 1e-9 and relative(rows.nu * k, plain.nu) <= 1e-9
+
+
+def test_weakly_active_rows_are_counted_and_left_out(serial: CudaExecutor) -> None:
+    n = 4
+    eye = torch.eye(n, dtype=f64)
+    problem = {"Q": eye.repeat(2, 1, 1), "q": torch.tensor([[0.0, 1, 2, -3]] * 2, dtype=f64)}
+    problem |= {"A": eye.new_zeros(2, 0, n), "b": eye.new_zeros(2, 0), "G": eye[:2].repeat(2, 1, 1)}
+    problem["h"] = torch.tensor([[0.0, -1.0], [0.0, -1.5]], dtype=f64)  # x = -q: both rows weak; then one active
+    answer = solve(serial, problem)
+    assert answer.unsolved == 0 and answer.counts[1].tolist() == [2, 1] and answer.counts[2].tolist() == [0, 0]
+    coefficients = weights(answer)
+    found, wanted = pull_back(serial, problem, answer, coefficients), reference(problem, coefficients)
+    assert all(relative(found[name], wanted[name]) <= GRADIENT_REFERENCE for name in problem)
+
+
+def test_gradients_that_are_not_there_are_zero(serial: CudaExecutor) -> None:
+    problem = optnet(3, 7, 5, 2, "lower")
+    answer = solve(serial, problem)
+    coefficients = weights(answer)
+    zeros = tuple(torch.zeros_like(v) for v in coefficients)
+    for k in range(6):
+        some = (*zeros[:k], coefficients[k], *zeros[k + 1 :])
+        absent = tuple(v if j == k else None for j, v in enumerate(coefficients))
+        found, wanted = pull_back(serial, problem, answer, absent), pull_back(serial, problem, answer, some)
+        assert all(torch.equal(found[name], wanted[name]) for name in problem)
+
+
+def test_only_what_is_needed_comes_back(serial: CudaExecutor) -> None:
+    problem = optnet(3, 7, 5, 2)
+    answer = solve(serial, problem)
+    needed = (False, True, False, False, True, False, False, False)
+    found = serial.pullback(data_of(problem), answer, weights(answer), needed)
+    assert [v is not None for v in found] == list(needed)
+    assert serial.solve(data_of(problem), Settings(), 1e-9, 1e-7, keep=False).saved is None
+
+
+def test_an_empty_batch(serial: CudaExecutor) -> None:
+    problem = {name: v[:0] for name, v in optnet(1, 4, 3, 1).items()} | {"Q": torch.eye(4, dtype=f64)}
+    answer = solve(serial, problem)
+    assert answer.x.shape == (0, 4) and answer.unsolved == 0
+    found = pull_back(serial, problem, answer, weights(answer))
+    assert (found["Q"] == 0).all() and found["q"].shape == (0, 4)
+
+
+def test_refusals(serial: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = optnet(2, 6, 4, 1)
+    data, settings = data_of(problem), Settings()
+
+    def reason(executor: CudaExecutor, data: Data, settings: Settings) -> str:
+        found = executor.refuses(data, settings)
+        assert found is not None
+        return found
+
+    assert reason(CudaExecutor(), data, settings) == "runs on CUDA devices, the data is on cpu"
+    diagonal = data._replace(Q=Diagonal(torch.ones(6, dtype=f64)))
+    assert reason(serial, diagonal, settings) == "takes a dense Q, not Diagonal"
+    wide = data_of(optnet(2, 6, 12))
+    assert reason(serial, wide, settings) == "takes up to 1.9 constraints for each variable, not 12 for 6"
+    bounded = data_of(optnet(2, 6, 6, bounds="upper"))
+    assert reason(serial, bounded, settings) == "takes up to 1.9 constraints for each variable, not 12 for 6"
+    assert reason(serial, data, Settings(reduction="primal")) == "works in the dual form, not 'primal'"
+    assert reason(serial, data, Settings(polish=False)) == "always polishes"
+    large = data_of({name: v[:1] for name, v in optnet(1, 150, 150).items()})
+    assert "bytes of shared memory for a problem of this size, the device has 232448" in reason(serial, large, settings)
+    small = CudaExecutor(ShimLauncher(limit=1000))
+    assert "the device has 1000" in reason(small, data, settings)
+    monkeypatch.setattr(serial.launcher, "missing", CudaLauncher().missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'diffopt-torch[cuda1" in reason(serial, data, settings)
+
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    assert "pip install 'diffopt-torch[cuda1" in reason(serial, data, settings)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert CudaLauncher().missing() is None
+
+
+def test_memory_is_what_the_kernels_lay_out() -> None:
+    found = (ctypes.c_longlong * 3)()
+    for n, p, m in ((1, 0, 0), (7, 2, 3), (10, 0, 10), (64, 40, 0), (100, 20, 100)):
+        for lower, upper in ((False, False), (True, False), (False, True), (True, True)):
+            library("double", 1).shim_sizes(n, p, m, lower, upper, 96, found)
+            sizes = Sizes(n, p, m, lower, upper)
+            assert list(found) == [sizes.forward(96), sizes.backward(96), sizes.kept()]
+
+
+def test_sizes_that_fit() -> None:
+    limit = 227 * 1024
+    for n, p, m in ((100, 0, 100), (100, 20, 100), (120, 0, 120)):
+        assert 8 * Sizes(n, p, m, False, False).forward(256) <= limit
+    assert 8 * Sizes(64, 40, 0, True, False).forward(256) <= limit
+
+
+@pytest.mark.cuda
+class TestOnDevice:  # pragma: cuda
+    """The same on a GPU."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize(("n", "m", "p"), [(10, 10, 0), (20, 10, 5), (64, 30, 8), (100, 100, 0)])
+    def test_agrees_with_torch(self, n: int, m: int, p: int, dtype: torch.dtype) -> None:
+        problem = optnet(7, n, m, p, "lower" if m <= 0.9 * n else "")
+        if dtype == torch.float32:
+            problem["Q"] = problem["Q"] + torch.eye(n, dtype=f64)
+        answer = compare(CudaExecutor(), {name: v.to("cuda", dtype) for name, v in problem.items()})
+        assert answer.x.device.type == "cuda" and answer.x.dtype == dtype
+
+    @pytest.mark.parametrize("n", [12, 40])
+    def test_an_instance_does_not_know_its_neighbours(self, n: int) -> None:
+        problem = {name: v.cuda() for name, v in optnet(9, n, n // 2, 2, "upper").items()}
+        executor = CudaExecutor()
+        answer = solve(executor, problem)
+        order = [3, 0, 8]
+        assert same_bits(answer, solve(executor, {k: v[order] for k, v in problem.items()}), order, [0, 1, 2])
+        problem["q"][2] = torch.nan
+        keep = [0, 1, *range(3, 9)]
+        again = solve(executor, problem)
+        assert again.unsolved == 1 and same_bits(answer, again, keep, keep)
+
+    def test_shared_data(self) -> None:
+        compare(CudaExecutor(), {k: v.cuda() for k, v in optnet(5, 8, 6, 2, "lower", shared="Q A G").items()})
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_what_it_leaves_to_others(self, kind: str) -> None:
+        answer = solve(CudaExecutor(), {name: v.cuda() for name, v in broken(kind).items()})
+        assert answer.status.tolist() == [Status.SOLVED, Status.UNSOLVED, Status.SOLVED]
+
+    def test_a_stream_of_its_own(self) -> None:
+        problem = {name: v.cuda() for name, v in optnet(64, 10, 10).items()}
+        expected = solve(CudaExecutor(), problem)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            assert same_bits(solve(CudaExecutor(), problem), expected, list(range(64)), list(range(64)))

@@ -1,0 +1,76 @@
+"""The CUDA kernels' text: it compiles for a GPU within its registers, and its barriers order what they have to."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from diffopt.solvers.cuda_executor import KERNELS, SOURCES
+from solvers.cuda.shim import HERE, build
+
+REGISTERS = 128
+"""A thread's share of a multiprocessor's 65,536 registers where two blocks of 256 threads run on it."""
+
+CASES = [
+    pytest.param(kernel, real, marks=[] if (kernel, real) == ("diffopt_solve_block", "double") else pytest.mark.slow)
+    for kernel in KERNELS
+    for real in ("double", "float")
+]
+
+
+@pytest.mark.parametrize(("kernel", "real"), CASES)
+def test_compiles_without_spills(tmp_path: Path, kernel: str, real: str) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc, the CUDA compiler")
+    command = [nvcc, "-std=c++17", "-arch=sm_90", "--ptxas-options=-v", "-cubin", f"-DDIFFOPT_REAL={real}"]
+    command += [f"-DDIFFOPT_ONLY={1 << KERNELS.index(kernel)}", str(SOURCES / "kernels.cu"), "-o", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = done.stderr
+    assert "warning" not in report and f"entry function '{kernel}'" in report
+    (registers,) = re.findall(r"Used (\d+) registers", report)
+    assert int(registers) <= REGISTERS
+    spills = [int(v) for v in re.findall(r"(\d+) bytes spill", report)]
+    assert spills and not any(spills), report
+
+
+RACE = 66
+"""What a program exits with after the sanitizer has reported a race."""
+
+
+def run(kernels: Path) -> subprocess.CompletedProcess[str]:
+    # The sanitizer does not know fences, and std::barrier's own atomics do without.
+    flags = ("-O1", "-g", "-fsanitize=thread", "-Wno-tsan", "-DDIFFOPT_REAL=double", "-DDIFFOPT_WARP=4")
+    program = build(HERE / "race.cpp", "race", *flags, kernels=kernels)
+    return subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_no_race() -> None:
+    done = run(SOURCES)
+    assert done.returncode == 0, done.stderr[:5000]
+    assert done.stdout == "solved\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "barrier"),
+    [
+        ("dense.cuh", "team.sync();  // the trailing update reads other threads' rows"),
+        ("kkt.cuh", "    team.sync();\n    times(team, F.V"),
+        ("setup.cuh", "team.sync();  // W takes the place of L"),
+    ],
+    ids=["cholesky", "kkt", "overlay"],
+)
+def test_a_missing_barrier_is_reported(tmp_path: Path, name: str, barrier: str) -> None:
+    kernels = shutil.copytree(SOURCES, tmp_path / "kernels")
+    text = (kernels / name).read_text()
+    assert text.count(barrier) == 1
+    (kernels / name).write_text(text.replace(barrier, barrier.replace("team.sync();", "")))
+    done = run(kernels)
+    assert done.returncode == RACE and "data race" in done.stderr
