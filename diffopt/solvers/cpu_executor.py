@@ -52,7 +52,7 @@ def _give_back(records: Tensor, spare: list[Tensor] = _spare) -> None:
 class Saved:
     """What a solve keeps for its pullback: its records, and what it passed to the library and how."""
 
-    __slots__ = ("call", "kept", "layout", "records")
+    __slots__ = ("__weakref__", "call", "kept", "layout", "records")
 
     def __init__(self, records: Tensor, kept: tuple[Tensor, ...], layout: _Layout, call: bytes) -> None:
         self.records, self.kept, self.layout, self.call = records, kept, layout, call
