@@ -25,7 +25,9 @@ LANES_UP_TO = 32
 AT_ONCE = 2e9
 """Operations after which the library returns to Python, so that Ctrl-C is heard within about a second."""
 
-_FIELDS = ("Q", "factor", "q", "A", "b", "G", "h", "lower", "upper")
+MOST_LAYOUTS = 1000
+"""Combinations of shapes that are remembered."""
+
 _REDUCTIONS = {"auto": 0, "dual": 1, "diagonal": 2, "primal": 3}
 _CALL = struct.Struct("25q14q2d6q")
 _GRADIENTS = struct.Struct("14q")
@@ -66,6 +68,7 @@ class CpuExecutor(Executor):
 
     def __init__(self, handle: ctypes.CDLL) -> None:
         self.handle = handle
+        self._layouts: dict[tuple[object, ...], _Layout] = {}
         handle.diffopt_saved_size.restype = ctypes.c_int64
         handle.diffopt_saved_size.argtypes = [ctypes.c_char_p, ctypes.c_int64]
         self._solve = handle.diffopt_solve
@@ -93,7 +96,7 @@ class CpuExecutor(Executor):
 
     def solve(self, data: Data, settings: Settings, tolerance: float, weak_tolerance: float, keep: bool) -> Answer:
         """See `Executor`."""
-        layout = _layout(data)
+        layout = self._layout(data)
         kept, pointers = layout.pointers(data)
         count, (n, p, m), batch, q = layout.count, layout.sizes, data.batch, data.q
         x, s, lam = q.new_empty((*batch, n)), q.new_empty((*batch, m)), q.new_empty((*batch, m))
@@ -158,6 +161,20 @@ class CpuExecutor(Executor):
             _in_shape_of(tensor, gradient) if wanted and gradient is not None and tensor is not None else None
             for gradient, tensor, wanted in zip(found, data.tensors(), needed, strict=True)
         )
+
+    def _layout(self, data: Data) -> _Layout:
+        Q, q, A, b, G, h, lower, upper, batch = data
+        assert isinstance(Q, Dense)
+        key = (
+            batch, q.dtype, Q.given.shape, q.shape, A.shape, b.shape, G.shape, h.shape,
+            None if lower is None else lower.shape, None if upper is None else upper.shape,
+        )  # fmt: skip
+        known = self._layouts.get(key)
+        if known is None:
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._layouts.clear()
+            known = self._layouts[key] = _Layout(data)
+        return known
 
     @staticmethod
     def _checked(code: int) -> int:
@@ -238,25 +255,6 @@ class _Layout:
             call = _CALL.pack(self.count, *self.sizes, 0, 0, 0, *[0] * 9, *self.strides, *[0] * 14, 0.0, 0.0, *[0] * 6)
             self._saved = handle.diffopt_saved_size(call, 0), handle.diffopt_saved_size(call, 1)
         return self._saved
-
-
-MOST_LAYOUTS = 1000
-_layouts: dict[tuple[object, ...], _Layout] = {}
-
-
-def _layout(data: Data) -> _Layout:
-    Q, q, A, b, G, h, lower, upper, batch = data
-    assert isinstance(Q, Dense)
-    key = (
-        batch, q.dtype, Q.given.shape, q.shape, A.shape, b.shape, G.shape, h.shape,
-        None if lower is None else lower.shape, None if upper is None else upper.shape,
-    )  # fmt: skip
-    known = _layouts.get(key)
-    if known is None:
-        if len(_layouts) >= MOST_LAYOUTS:
-            _layouts.clear()
-        known = _layouts[key] = _Layout(data)
-    return known
 
 
 def _slices(count: int, n: int, p: int, m: int) -> list[tuple[int, int]]:

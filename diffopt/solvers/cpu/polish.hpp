@@ -354,7 +354,7 @@ template <class P> void Dual<P>::keep(int lane, const Answer& answer) {
     }
     for (Index r = 0; r < count; r++) {
         const Index at = P::LANES ? held[r] : r;
-        for (Index i = r / W * W; i < ld; i++)
+        for (Index i = first_read(r); i < ld; i++)
             saved.M[r * ld + i] = i < r || i >= count ? 0.0 : M_[(at * ldb_ + (P::LANES ? held[i] : i)) * P::S + lane];
     }
 }

@@ -53,11 +53,14 @@ struct Saved {
     double cost() const { return head[1]; }
 };
 
+// The first column of row r of a factor that a solve by blocks of rows reads.
+inline Index first_read(Index r) { return r / std::max(W, BLOCK) * std::max(W, BLOCK); }
+
 // Writes the factor U of Q, of one lane, by rows of whole packs.
 template <class P> void keep_factor(const double* U, Index ld, Index n, int lane, double* target) {
     const Index ldu = padded<Single>(n);
     for (Index r = 0; r < n; r++)
-        for (Index c = r / W * W; c < ldu; c++)
+        for (Index c = first_read(r); c < ldu; c++)
             target[r * ldu + c] = c >= r && c < n ? U[(r * ld + c) * P::S + lane] : 0.0;
 }
 
