@@ -25,6 +25,9 @@ class Status(IntEnum):
     NONFINITE_INPUT = 7
 
 
+ALMOST = 1e-6
+"""Relative residual up to which a point that misses the tolerance is still ALMOST_SOLVED."""
+
 REMEDIES: dict[Status, str] = {
     Status.UNSOLVED: "no solver has run on it",
     Status.MAX_ITERATIONS: "raise `Settings.max_iterations`, loosen `Settings.tolerance`, or rescale the data",

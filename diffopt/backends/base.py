@@ -14,13 +14,10 @@ from torch import Tensor
 from diffopt import kkt
 from diffopt.cones import kinds
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import Certificate, Residuals, Status
+from diffopt.solution import ALMOST, Certificate, Residuals, Status
 from diffopt.solvers.settings import Settings
 
 AnyForm = TypeVar("AnyForm", bound=Form)
-
-ALMOST = 1e-6
-"""Relative residual up to which a point that misses the tolerance is still ALMOST_SOLVED."""
 
 
 @dataclass(frozen=True)

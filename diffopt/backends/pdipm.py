@@ -23,9 +23,9 @@ class PdipmBackend(Backend):
     """Solves batches of convex QPs and LPs, on any device.
 
     Works in float64 whatever the dtype of the data: float32 data gives float32 results, rounded once.
-    `Settings.executor` chooses who does the work; ``Solution.executor`` names who did, and the reduction. Compiled
-    executors answer what they can prove solved; instances that they leave are solved one by one in torch operations,
-    so that each gets the same bits whatever its neighbours are.
+    `Settings.executor` chooses who does the work; ``Solution.executor`` names who did, and the reduction. Instances
+    that a compiled executor leaves are solved one by one in torch operations, so that each gets the same bits whatever
+    its neighbours are.
     """
 
     can = Capabilities(forms=(QPForm,), devices=frozenset({"cpu", "cuda"}), batched=True, accuracy=1e-9, priority=100)
@@ -49,8 +49,8 @@ class PdipmBackend(Backend):
         name = "+".join([answer.name, *sorted({one.executor for _, one in others})]) if others else answer.name
         found = kkt.Solved(
             kkt.Point(answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper),
-            answer.status, answer.residuals, _certificates(form, others), self.name, name,
-            counts=answer.counts, others=others, solved=not others,
+            answer.status, answer.residuals, _certificates(form, answer.certificate, others), self.name, name,
+            counts=answer.counts, others=others, solved=answer.unsolved == 0,
         )  # fmt: skip
         return found._replace(pullback=_pullback(executor, data, answer)) if keep else found
 
@@ -131,9 +131,11 @@ def _executor(data: Data, settings: Settings) -> Executor | None:
     return None
 
 
-def _certificates(form: QPForm, others: tuple[tuple[int, kkt.Solved], ...]) -> Certificate | None:
+def _certificates(
+    form: QPForm, known: Certificate | None, others: tuple[tuple[int, kkt.Solved], ...]
+) -> Certificate | None:
     if all(one.certificate is None for _, one in others):
-        return None
+        return known
     sizes = {"x": form.n, "nu": form.p, "lam": form.m, "lam_lower": form.n, "lam_upper": form.n}
     count = form.batch_shape.numel()
     rows = {name: form.q.new_full((count, size), torch.nan) for name, size in sizes.items()}

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from diffopt import kkt
 from diffopt.backends.base import (
-    ALMOST,
     Backend,
     Capabilities,
     InstancePoint,
@@ -31,7 +30,7 @@ from diffopt.errors import SettingsError
 from diffopt.linalg.scaling import equilibrate
 from diffopt.problems.base import NonlinearForm
 from diffopt.problems.forms import Derivatives, Form, QPForm
-from diffopt.solution import Certificate, Status
+from diffopt.solution import ALMOST, Certificate, Status
 from diffopt.solvers.settings import Settings
 
 METHODS = ("auto", "SLSQP", "trust-constr")

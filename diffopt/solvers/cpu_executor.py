@@ -1,4 +1,7 @@
-"""The CPU executor: the interior-point method in compiled code, for dense problems in dual form.
+"""The CPU executor: the interior-point method in compiled code.
+
+Dense problems with few constraints go by the dual form, as many at a time as a register holds where they are small;
+what that does not solve, and all else, one at a time by the general method.
 
 The library has a plain C interface (``cpu/executor.cpp``). Everything crosses it as arrays of 8-byte numbers, in the
 order of the structures in ``cpu/batch.hpp``, which is cheaper to write than ctypes structures.
@@ -14,7 +17,8 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import BackendError
-from diffopt.linalg.matrices import Dense
+from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank
+from diffopt.solution import ALMOST, Certificate, Status
 from diffopt.solvers import library
 from diffopt.solvers.executor import Answer, Data, Executor
 from diffopt.solvers.settings import Settings
@@ -29,8 +33,11 @@ MOST_LAYOUTS = 1000
 """Combinations of shapes that are remembered."""
 
 _REDUCTIONS = {"auto": 0, "dual": 1, "diagonal": 2, "primal": 3}
-_CALL = struct.Struct("25q14q2d6q")
-_GRADIENTS = struct.Struct("14q")
+_CALL = struct.Struct("25q14q3d6q")
+_GRADIENTS = struct.Struct("15q")
+_COUNT = (1 << 40) - 1
+_WAYS = {1: "dual", 2: "diagonal", 4: "primal"}
+_HESSIANS = {Dense: 0, Diagonal: 1, DiagonalPlusLowRank: 2}
 
 
 _spare: list[Tensor] = []
@@ -74,6 +81,9 @@ class CpuExecutor(Executor):
         self._solve = handle.diffopt_solve
         self._solve.restype = ctypes.c_int64
         self._solve.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
+        self._certificate = handle.diffopt_certificate
+        self._certificate.restype = ctypes.c_int64
+        self._certificate.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
         self._pullback = handle.diffopt_pullback
         self._pullback.restype = ctypes.c_int64
         self._pullback.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
@@ -82,16 +92,8 @@ class CpuExecutor(Executor):
         """See `Executor`."""
         if data.q.device.type != "cpu":
             return f"runs on the CPU, the data is on {data.q.device.type}"
-        if not isinstance(data.Q, Dense):
-            return f"takes a dense Q, not {type(data.Q).__name__}"
-        n, m = data.q.shape[-1], data.G.shape[-2]
-        rows = m + (0 if data.lower is None and data.upper is None else n)
-        if rows > 1.9 * n:
-            return f"takes up to 1.9 constraints for each variable, not {rows} for {n}"
-        if settings.reduction not in ("auto", "dual"):
-            return f"works in the dual form, not {settings.reduction!r}"
-        if not settings.polish:
-            return "always polishes"
+        if type(data.Q) not in _HESSIANS:
+            return f"does not know {type(data.Q).__name__}"
         return None
 
     def solve(self, data: Data, settings: Settings, tolerance: float, weak_tolerance: float, keep: bool) -> Answer:
@@ -106,23 +108,41 @@ class CpuExecutor(Executor):
         residuals = torch.empty((3, *batch), dtype=torch.float64)
         saved, size, once, at_saved, at_once = None, 0, 0, 0, 0
         if keep:
-            size, once = layout.saved(self.handle)
+            size, once = layout.saved(self.handle, settings)
             saved = _take(count * size + once)
             at_saved = saved.data_ptr()
             at_once = at_saved + 8 * count * size if once else 0
         at = counts.data_ptr()
         call = _CALL.pack(
-            count, n, p, m, 0, 0, layout.single, *pointers, *layout.strides,
+            count, n, p, m, layout.rank, layout.hessian, layout.single, *pointers, *layout.strides,
             x.data_ptr(), s.data_ptr(), lam.data_ptr(), nu.data_ptr(), lower.data_ptr(), upper.data_ptr(),
             status.data_ptr(), at, at + 8 * count, at + 16 * count, residuals.data_ptr(), at_saved, at_once, size,
-            tolerance, weak_tolerance, settings.max_iterations, _REDUCTIONS[settings.reduction], settings.polish, keep,
+            tolerance, weak_tolerance, max(ALMOST, tolerance), settings.max_iterations,
+            _REDUCTIONS[settings.reduction], settings.polish, keep,
             torch.get_num_threads(), LANES_UP_TO,
         )  # fmt: skip
-        unsolved = 0
+        unsolved, ways = 0, 0
         for begin, end in layout.slices:
-            unsolved += self._checked(self._solve(call, begin, end))
+            found = self._checked(self._solve(call, begin, end))
+            unsolved += found & _COUNT
+            ways |= found >> 40
+        certificate = None if unsolved == 0 else self._certificates(call, status, x, lam, nu)
         record = None if saved is None else Saved(saved, kept, layout, call)
-        return Answer(x, s, lam, nu, lower, upper, status, residuals, counts, unsolved, record, "cpu:dual")
+        return Answer(
+            x, s, lam, nu, lower, upper, status, residuals, counts, unsolved, certificate, record, _name(ways)
+        )
+
+    def _certificates(self, call: bytes, status: Tensor, x: Tensor, lam: Tensor, nu: Tensor) -> Certificate | None:
+        flat = status.flatten()
+        proven = ((flat == Status.PRIMAL_INFEASIBLE) | (flat == Status.DUAL_INFEASIBLE)).nonzero().flatten().tolist()
+        if not proven:
+            return None
+        sizes = (x.shape[-1], nu.shape[-1], lam.shape[-1], x.shape[-1], x.shape[-1])
+        rays = torch.full((flat.numel(), sum(sizes)), torch.nan, dtype=torch.float64)
+        for index in proven:
+            self._checked(self._certificate(call, index, rays[index].data_ptr()))
+        pieces = rays.to(x.dtype).split(sizes, -1)
+        return Certificate(*(v.reshape(*status.shape, v.shape[-1]) for v in pieces))
 
     def pullback(
         self, data: Data, answer: Answer, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
@@ -133,30 +153,33 @@ class CpuExecutor(Executor):
         incoming = [None if g is None else g.contiguous() for g in gradients]
         like = answer.x
         n, p, m = like.shape[-1], answer.nu.shape[-1], answer.lam.shape[-1]
-        Q_needed, _, A_needed, _, G_needed, _, lower_needed, upper_needed = needed
+        Q_needed, *factor_needed, _, A_needed, _, G_needed, _, lower_needed, upper_needed = needed
         Q_shared, _, _, A_shared, _, G_shared, *_ = layout.shared
         dq, db, dh = like.new_empty(*batch, n), like.new_empty(*batch, p), like.new_empty(*batch, m)
         dlower = like.new_empty(*batch, n) if lower_needed else None
         dupper = like.new_empty(*batch, n) if upper_needed else None
-        dQ = like.new_empty(*batch, n, n) if Q_needed and not Q_shared else None
+        dense = layout.hessian == 0
+        dQ = like.new_empty(*batch, n, *([n] * dense)) if Q_needed and not (Q_shared and dense) else None
+        dF = like.new_empty(*batch, n, layout.rank) if any(factor_needed) else None
         dA = like.new_empty(*batch, p, n) if A_needed and not A_shared else None
         dG = like.new_empty(*batch, m, n) if G_needed and not G_shared else None
-        packed = _GRADIENTS.pack(*map(_pointer, (*incoming, dQ, dq, dA, db, dG, dh, dlower, dupper)))
+        packed = _GRADIENTS.pack(*map(_pointer, (*incoming, dQ, dq, dA, db, dG, dh, dlower, dupper, dF)))
         for begin, end in layout.slices:
             self._checked(self._pullback(saved.call, packed, torch.get_num_threads(), begin, end))
-        if (Q_needed and Q_shared) or (A_needed and A_shared) or (G_needed and G_shared):
-            # A shared matrix collects the outer products of all instances: one matrix product.
-            solved = (answer.status == 1).unsqueeze(-1)
-            x, nu, lam = (torch.where(solved, v, 0.0).flatten(0, -2) for v in (answer.x, answer.nu, answer.lam))
+        if (Q_needed and Q_shared and dense) or (A_needed and A_shared) or (G_needed and G_shared):
+            # A shared matrix collects the outer products of all instances: one matrix product. (The gradients of an
+            # instance that failed are zero, or NaN if they were asked for: NaN in the product, then.)
+            usable = ((answer.status == Status.SOLVED) | (answer.status == Status.ALMOST_SOLVED)).unsqueeze(-1)
+            x, nu, lam = (torch.where(usable, v, 0.0).flatten(0, -2) for v in (answer.x, answer.nu, answer.lam))
             flat_q, flat_b, flat_h = (v.flatten(0, -2) for v in (dq, db, dh))
-            if Q_needed and Q_shared:
+            if Q_needed and Q_shared and dense:
                 half = flat_q.mT @ x
                 dQ = 0.5 * (half + half.mT)
             if A_needed and A_shared:
                 dA = nu.mT @ flat_q - flat_b.mT @ x
             if G_needed and G_shared:
                 dG = lam.mT @ flat_q - flat_h.mT @ x
-        found = (dQ, dq, dA, db, dG, dh, dlower, dupper)
+        found = (dQ, *([dF] if factor_needed else []), dq, dA, db, dG, dh, dlower, dupper)
         return tuple(
             _in_shape_of(tensor, gradient) if wanted and gradient is not None and tensor is not None else None
             for gradient, tensor, wanted in zip(found, data.tensors(), needed, strict=True)
@@ -164,9 +187,8 @@ class CpuExecutor(Executor):
 
     def _layout(self, data: Data) -> _Layout:
         Q, q, A, b, G, h, lower, upper, batch = data
-        assert isinstance(Q, Dense)
         key = (
-            batch, q.dtype, Q.given.shape, q.shape, A.shape, b.shape, G.shape, h.shape,
+            batch, q.dtype, type(Q), *[t.shape for t in Q.tensors()], q.shape, A.shape, b.shape, G.shape, h.shape,
             None if lower is None else lower.shape, None if upper is None else upper.shape,
         )  # fmt: skip
         known = self._layouts.get(key)
@@ -208,18 +230,17 @@ class _Layout:
     """
 
     def __init__(self, data: Data) -> None:
-        tensors = data.tensors()
         self.count = count = data.batch.numel()
         self.sizes = n, p, m = data.q.shape[-1], data.A.shape[-2], data.G.shape[-2]
+        self.hessian = _HESSIANS[type(data.Q)]
+        self.rank = data.Q.tensors()[1].shape[-1] if self.hessian == 2 else 0
         self.single = data.q.dtype == torch.float32
         self.slices = tuple(_slices(count, n, p, m))
         self.shared: list[bool] = []
         self.strides: list[int] = []
         self._expand: list[torch.Size | None] = []
-        self._saved: tuple[int, int] | None = None
-        places = (0, -1, *range(1, 8))  # a dense Q has no low-rank factor
-        for place, dims in zip(places, (2, 0, 1, 2, 1, 2, 1, 1, 1), strict=True):
-            tensor = None if place < 0 else tensors[place]
+        self._saved: dict[object, tuple[int, int]] = {}
+        for tensor, dims in zip(_fields(data), (1 if self.hessian else 2, 2, 1, 2, 1, 2, 1, 1, 1), strict=True):
             if tensor is None:
                 self.shared.append(True)
                 self.strides.append(0)
@@ -234,10 +255,9 @@ class _Layout:
 
     def pointers(self, data: Data) -> tuple[tuple[Tensor, ...], list[int]]:
         """Return the tensors to keep alive (contiguous copies among them), and where each field's data lies."""
-        Q, *rest = data.tensors()
         kept: list[Tensor] = []
         pointers: list[int] = []
-        for tensor, expand in zip((Q, None, *rest), self._expand, strict=True):
+        for tensor, expand in zip(_fields(data), self._expand, strict=True):
             if tensor is None:
                 pointers.append(0)  # an absent side; an empty matrix need not have any memory either
                 continue
@@ -249,12 +269,27 @@ class _Layout:
             pointers.append(tensor.data_ptr())
         return tuple(kept), pointers
 
-    def saved(self, handle: ctypes.CDLL) -> tuple[int, int]:
+    def saved(self, handle: ctypes.CDLL, settings: Settings) -> tuple[int, int]:
         """Return how many numbers a solve keeps of each instance, and once for all."""
-        if self._saved is None:
-            call = _CALL.pack(self.count, *self.sizes, 0, 0, 0, *[0] * 9, *self.strides, *[0] * 14, 0.0, 0.0, *[0] * 6)
-            self._saved = handle.diffopt_saved_size(call, 0), handle.diffopt_saved_size(call, 1)
-        return self._saved
+        key = settings.polish, settings.reduction
+        known = self._saved.get(key)
+        if known is None:
+            call = _CALL.pack(
+                self.count, *self.sizes, self.rank, self.hessian, 0, *[0] * 9, *self.strides, *[0] * 14,
+                0.0, 0.0, 0.0, 0, _REDUCTIONS[settings.reduction], settings.polish, 0, 0, 0,
+            )  # fmt: skip
+            known = self._saved[key] = handle.diffopt_saved_size(call, 0), handle.diffopt_saved_size(call, 1)
+        return known
+
+
+def _fields(data: Data) -> tuple[Tensor | None, ...]:
+    """Return the tensors in the order of the C structure: the low-rank factor of Q is second."""
+    Q, *factor = data.Q.tensors()
+    return Q, (factor[0] if factor else None), *data[1:8]
+
+
+def _name(ways: int) -> str:
+    return "cpu:" + "+".join(name for bit, name in _WAYS.items() if ways & bit)
 
 
 def _slices(count: int, n: int, p: int, m: int) -> list[tuple[int, int]]:

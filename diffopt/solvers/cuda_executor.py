@@ -266,7 +266,8 @@ class CudaExecutor(Executor):
             self._launch("solve", q, count, shape, arguments)
         saved = Saved(kept, lists, sizes, fields) if keep else None
         left = int(unsolved.item())
-        return Answer(x, s, lam, nu, lower, upper, status, residuals, counts, left, saved, f"cuda:{shape.variant}")
+        name = f"cuda:{shape.variant}"
+        return Answer(x, s, lam, nu, lower, upper, status, residuals, counts, left, None, saved, name)
 
     def pullback(
         self, data: Data, answer: Answer, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]

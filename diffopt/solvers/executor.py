@@ -1,7 +1,7 @@
 """The contract of an executor: who carries out the interior-point method for a batch of quadratic programs.
 
-`diffopt.solvers.pdipm` in torch operations answers every instance on every device. The compiled
-executors (`cpu_executor`, `cuda_executor`) answer what they can prove solved, much faster, and leave the rest to it.
+`diffopt.solvers.pdipm` in torch operations answers every instance on every device. The compiled executors are much
+faster: `cpu_executor` answers everything too, `cuda_executor` what it can prove solved, and leaves the rest to torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt.linalg.matrices import SymmetricMatrix
+from diffopt.solution import Certificate
 from diffopt.solvers.settings import Settings
 
 
@@ -44,10 +45,11 @@ class Answer(NamedTuple):
         x ``(*batch, n)``; s, lam ``(*batch, m)``; nu ``(*batch, p)``; lam_lower, lam_upper ``(*batch, n)``:
             with the signs of `diffopt.Solution`; not to be used where the status is UNSOLVED.
         status: ``(*batch,)`` int8. SOLVED: the relative residuals, recomputed from the original data, are at
-            most the tolerance. UNSOLVED: another executor has to look at it. Nothing else is claimed.
+            most the tolerance. UNSOLVED: another executor has to look at it.
         residuals: ``(3, *batch)`` float64: primal, dual, gap, as in `diffopt.solution.Residuals`.
         counts: ``(3, *batch)`` int64: iterations, weakly active rows, dependent rows, as in `diffopt.Solution`.
-        unsolved: how many instances are UNSOLVED.
+        unsolved: how many instances are not SOLVED.
+        certificate: proofs for instances that have no solution; ``None`` if there are none.
         saved: what `Executor.pullback` needs; ``None`` if it was not to be kept.
         name: which variant ran, for `diffopt.Solution.executor`.
     """
@@ -62,6 +64,7 @@ class Answer(NamedTuple):
     residuals: Tensor
     counts: Tensor
     unsolved: int
+    certificate: Certificate | None
     saved: Any
     name: str
 
@@ -99,6 +102,6 @@ class Executor(ABC):
 
         Returns:
             For each of ``data.tensors()`` its gradient, in its shape (shared tensors: summed over the batch;
-            Q's is symmetric), or ``None``. Zero from instances that are UNSOLVED. Weakly active rows are
-            left out (the rule ``"inactive"``).
+            Q's is symmetric), or ``None``. Zero from instances that are UNSOLVED; NaN from those that failed, if any
+            incoming gradient is not zero. Weakly active rows are left out (the rule ``"inactive"``).
         """

@@ -1,6 +1,8 @@
 // A batch of quadratic programs as it comes through the C interface, and memory to work in.
 #pragma once
 #include <cstdlib>
+#include <limits>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -30,7 +32,7 @@ struct Batch {
 enum Reduction : int64_t { REDUCE_AUTO, REDUCE_DUAL, REDUCE_DIAGONAL, REDUCE_PRIMAL };
 
 struct Options {
-    double tolerance, weak_tolerance;
+    double tolerance, weak_tolerance, almost;  // almost: residual up to which an instance is ALMOST_SOLVED
     int64_t max_iterations, reduction, polish, keep, threads, lanes_up_to;
 };
 
@@ -44,7 +46,10 @@ struct Answer {
     int64_t saved_stride;             // numbers of each instance in `saved`
 };
 
-constexpr int8_t UNSOLVED = 0, SOLVED = 1;
+// The numbers of diffopt.Status.
+enum Status : int8_t {
+    UNSOLVED, SOLVED, ALMOST_SOLVED, MAX_ITERATIONS, PRIMAL_INFEASIBLE, DUAL_INFEASIBLE, NUMERICAL_ERROR, NONFINITE_INPUT
+};
 
 // A block of memory, aligned to registers, from which a thread takes arrays one after the other.
 class Arena {

@@ -5,6 +5,7 @@
 // copies of its last problem, and where only a few are left they are solved alone, by the instructions of a lane.
 #include <limits>
 
+#include "certify.hpp"
 #include "dual.hpp"
 #include "pool.hpp"
 #include "pullback.hpp"
@@ -123,9 +124,64 @@ template <class P> int64_t solve_batch(const Batch& batch, const Options& option
     return failed ? -1 : missing.load();
 }
 
-bool takes(const Batch& batch, const Options& options) {
+// Whether the dual form is tried first.
+bool takes_dual(const Batch& batch, const Options& options) {
     return batch.hessian == DENSE && static_cast<double>(batch.m + batch.bounds()) <= 1.9 * static_cast<double>(batch.n) &&
            options.polish && (options.reduction == REDUCE_AUTO || options.reduction == REDUCE_DUAL);
+}
+
+int64_t solve_by_dual(const Batch& batch, const Options& options, const Answer& answer, Index begin, Index end) {
+    const bool small = batch.n + batch.p <= options.lanes_up_to && batch.m + batch.bounds() <= options.lanes_up_to;
+    if (!small) return solve_batch<Single>(batch, options, answer, begin, end);
+    // Filling all lanes for one or two problems takes longer than solving these on their own; same bits.
+    const Index rest = (end - begin) % Lanes::W, alone = rest <= ALONE_UP_TO ? end - rest : end;
+    int64_t missing = 0;
+    if (alone > begin) missing = solve_batch<Lanes>(batch, options, answer, begin, alone);
+    if (missing < 0 || alone == end) return missing;
+    const int64_t more = solve_batch<Alone>(batch, options, answer, alone, end);
+    return more < 0 ? more : missing + more;
+}
+
+// The memory of a thread for the general method.
+Whole& whole(const Batch& batch) {
+    static thread_local std::unique_ptr<Whole> mine;
+    static thread_local Sizes sizes;
+    if (!mine || !(sizes == Sizes(batch))) {
+        mine.reset();
+        sizes = Sizes(batch);
+        mine = std::make_unique<Whole>(sizes);
+    }
+    return *mine;
+}
+
+// What a solve returns beside how many instances are not SOLVED: which reductions were used.
+constexpr int64_t BY_DUAL = int64_t{1} << 40, BY_DIAGONAL = int64_t{2} << 40, BY_PRIMAL = int64_t{4} << 40;
+
+// Solves what is still UNSOLVED among [begin, end) by the general method; returns how many are not SOLVED, or -1.
+int64_t solve_rest(const Batch& batch, const Options& options, const Answer& answer, Index begin, Index end) {
+    std::vector<Index> rest;
+    for (Index i = begin; i < end; i++)
+        if (answer.status[i] == UNSOLVED) rest.push_back(i);
+    const double each = 4 * operations(batch);
+    const Index count = static_cast<Index>(rest.size()), per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each));
+    const int64_t threads = each * static_cast<double>(count) < WORTH_WAKING ? 1 : options.threads;
+    std::atomic<int64_t> missing{0}, used{0};
+    std::atomic<bool> failed{false};
+    Pool::run((count + per_chunk - 1) / per_chunk, threads, [&](int64_t chunk) {
+        try {
+            Whole& mine = whole(batch);
+            const Index last = std::min<Index>(count, (chunk + 1) * per_chunk);
+            for (Index c = chunk * per_chunk; c < last; c++) {
+                const Index i = rest[static_cast<std::size_t>(c)];
+                mine.run(batch, options, i, answer, nullptr);
+                missing += answer.status[i] != SOLVED;
+                used |= mine.diagonal() ? BY_DIAGONAL : BY_PRIMAL;
+            }
+        } catch (...) {
+            failed = true;
+        }
+    });
+    return failed ? -1 : missing.load() | used.load();
 }
 
 }  // namespace
@@ -133,7 +189,7 @@ bool takes(const Batch& batch, const Options& options) {
 
 using namespace diffopt;
 
-DIFFOPT_API int32_t diffopt_abi() { return 2; }
+DIFFOPT_API int32_t diffopt_abi() { return 3; }
 
 // The widest instruction set of this machine: 0 baseline, 1 AVX2 + FMA, 2 AVX-512 (F, DQ, VL, BW).
 DIFFOPT_API int32_t diffopt_cpu_level() {
@@ -155,26 +211,41 @@ struct Call {
 
 // How many numbers a solve keeps for its pullback: of each instance, and once for all.
 DIFFOPT_API int64_t diffopt_saved_size(const Call* call, int64_t once) {
-    return once ? Saved::shared_size(call->batch) : Saved::size(call->batch);
+    const Batch& batch = call->batch;
+    const bool dual = takes_dual(batch, call->options);
+    if (once) return dual ? Saved::shared_size(batch) : 0;
+    return dual ? std::max(Saved::size(batch), Saved::round(Sides::size(batch))) : Sides::size(batch);
 }
 
-// Solves instances [begin, end); returns how many are left UNSOLVED, or -1 if memory ran out.
+// Solves instances [begin, end). Returns how many are not SOLVED, plus 2^40 (by the dual form), 2^41 (with a diagonal
+// Hessian eliminated first) and 2^42 (n x n) for the ways in which some were; or -1 if memory ran out.
 DIFFOPT_API int64_t diffopt_solve(const Call* call, int64_t begin, int64_t end) {
     const Batch& batch = call->batch;
     const Options& options = call->options;
     const Answer& answer = call->answer;
     try {
         clear_answer(batch, answer, begin, end);
-        if (!takes(batch, options)) return end - begin;
-        const bool small = batch.n + batch.p <= options.lanes_up_to && batch.m + batch.bounds() <= options.lanes_up_to;
-        if (!small) return solve_batch<Single>(batch, options, answer, begin, end);
-        // Filling all lanes for one or two problems takes longer than solving these on their own; same bits.
-        const Index rest = (end - begin) % Lanes::W, alone = rest <= ALONE_UP_TO ? end - rest : end;
-        int64_t missing = 0;
-        if (alone > begin) missing = solve_batch<Lanes>(batch, options, answer, begin, alone);
-        if (missing < 0 || alone == end) return missing;
-        const int64_t more = solve_batch<Alone>(batch, options, answer, alone, end);
-        return more < 0 ? more : missing + more;
+        if (takes_dual(batch, options)) {
+            const int64_t missing = solve_by_dual(batch, options, answer, begin, end);
+            if (missing <= 0) return missing < 0 ? missing : BY_DUAL;
+            const int64_t rest = solve_rest(batch, options, answer, begin, end);
+            return rest < 0 || missing == end - begin ? rest : rest | BY_DUAL;
+        }
+        return solve_rest(batch, options, answer, begin, end);
+    } catch (...) {
+        return -1;
+    }
+}
+
+// Writes the certificate of instance i, which ended as infeasible: x, nu, lam, lam_lower, lam_upper, one after the other,
+// NaN where it says nothing. The instance is solved once more, for certificates are rare. Returns 0, 1 if it has none,
+// or -1 if memory ran out.
+DIFFOPT_API int64_t diffopt_certificate(const Call* call, int64_t i, double* target) {
+    try {
+        Ray ray;
+        whole(call->batch).run(call->batch, call->options, i, call->answer, &ray);
+        std::copy(ray.begin(), ray.end(), target);
+        return ray.empty();
     } catch (...) {
         return -1;
     }

@@ -5,6 +5,7 @@
 //   dQ = (dq x' + x dq')/2,  dA = nu dq' - db x',  dG = lam dq' - dh x'.
 // The slack of an inactive row, h - Gx, passes its gradient to dh and, through x, to y.
 #pragma once
+#include "saddle.hpp"
 #include "saved.hpp"
 
 namespace diffopt {
@@ -12,11 +13,33 @@ namespace diffopt {
 struct Gradients {
     const void *x, *s, *lam, *nu, *lower, *upper;           // incoming, of the data's type; null is zero
     void *dQ, *dq, *dA, *db, *dG, *dh, *dlower, *dupper;    // outgoing, one per instance; null where not wanted.
-};                                                          // dq, db and dh are always wanted.
+    void* dfactor;                                          // dq, db and dh are always wanted.
+};
+
+// The system of an active set, assembled anew.
+struct Reassembled {
+    Scaled problem;
+    Saddle saddle;
+    Arena arena;
+    double *right = nullptr, *u = nullptr;
+    explicit Reassembled(const Sizes& sizes) : problem(sizes), saddle(problem) {
+        arena.lay_out([&](Arena& a) {
+            problem.plan(a);
+            saddle.plan(a);
+            right = a.take(saddle.size);
+            u = a.take(saddle.size);
+        });
+    }
+};
 
 // Scratch of a thread.
 struct PullbackWork {
     std::vector<double> x, y, inv;
+    std::unique_ptr<Reassembled> general;
+    Reassembled& get(const Sizes& sizes) {
+        if (!general || !(general->problem.k == sizes)) general.reset(), general = std::make_unique<Reassembled>(sizes);
+        return *general;
+    }
     void fit(Index n) {
         const std::size_t size = static_cast<std::size_t>(padded<Single>(n) + W);
         if (x.size() != size) x.assign(size, 0.0), y.assign(size, 0.0), inv.assign(size, 0.0);
@@ -30,42 +53,45 @@ INLINE void outer_difference(T* target, Index rows, Index n, const T* a, const T
         for (Index j = 0; j < n; j++) target[i * n + j] = a[i] * u[j] - b[i] * v[j];
 }
 
-template <class T>
-void pull_back(const Batch& batch, const Answer& answer, const Gradients& g, Index i, PullbackWork& work) {
-    const Index n = batch.n, p = batch.p, m = batch.m;
-    auto in = [&](const void* v, Index size) { return v ? static_cast<const T*>(v) + i * size : nullptr; };
-    auto out = [&](void* v, Index size) { return v ? static_cast<T*>(v) + i * size : nullptr; };
-    T *dq = out(g.dq, n), *db = out(g.db, p), *dh = out(g.dh, m), *dlower = out(g.dlower, n), *dupper = out(g.dupper, n);
-    T *dQ = out(g.dQ, n * n), *dA = out(g.dA, p * n), *dG = out(g.dG, m * n);
-    auto zero = [](T* v, Index size) { if (v) std::memset(v, 0, static_cast<std::size_t>(size) * sizeof(T)); };
-    zero(dh, m);
-    zero(dlower, n);
-    zero(dupper, n);
-    if (answer.saved[i * answer.saved_stride] == NO_RECORD) {
-        zero(dq, n);
-        zero(db, p);
-        zero(dQ, n * n);
-        zero(dA, p * n);
-        zero(dG, m * n);
-        return;
-    }
-    Saved saved(batch, answer, i);
-    saved.open();
-    work.fit(n);
-    double *rx = work.x.data(), *ry = work.y.data(), *inv = work.inv.data();
-    std::memset(rx, 0, work.x.size() * sizeof(double));
-    std::memset(ry, 0, work.y.size() * sizeof(double));
-    const T *gx = in(g.x, n), *gs = in(g.s, m), *glam = in(g.lam, m), *gnu = in(g.nu, p), *glower = in(g.lower, n),
-            *gupper = in(g.upper, n);
+// The pullback of one instance: what comes in, and where what goes out is written.
+template <class T> struct Pull {
+    const Batch& batch;
+    const Answer& answer;
+    Index i, n, p, m;
+    const T *gx, *gs, *glam, *gnu, *glower, *gupper;
+    T *dQ, *dq, *dA, *db, *dG, *dh, *dlower, *dupper, *dfactor;
 
-    for (Index j = 0; j < n; j++) rx[j] = gx ? static_cast<double>(gx[j]) : 0.0;
-    if (gs) {
-        // Active rows have no slack to move; dh serves as the list of which they are.
-        for (Index j = 0; j < m; j++) dh[j] = gs[j];
-        for (Index j = 0; j < saved.count; j++) {
-            const Index place = static_cast<Index>(saved.held[j]) - p;
-            if (saved.held[j] >= 0 && place >= 0 && place < m) dh[place] = 0;
-        }
+    Pull(const Batch& batch, const Answer& answer, const Gradients& g, Index i)
+        : batch(batch), answer(answer), i(i), n(batch.n), p(batch.p), m(batch.m) {
+        auto in = [&](const void* v, Index size) { return v ? static_cast<const T*>(v) + i * size : nullptr; };
+        auto out = [&](void* v, Index size) { return v ? static_cast<T*>(v) + i * size : nullptr; };
+        gx = in(g.x, n), gs = in(g.s, m), glam = in(g.lam, m);
+        gnu = in(g.nu, p), glower = in(g.lower, n), gupper = in(g.upper, n);
+        dQ = out(g.dQ, hessian_size()), dq = out(g.dq, n), dA = out(g.dA, p * n), db = out(g.db, p);
+        dG = out(g.dG, m * n), dh = out(g.dh, m), dlower = out(g.dlower, n), dupper = out(g.dupper, n);
+        dfactor = out(g.dfactor, n * batch.rank);
+    }
+    Index hessian_size() const { return batch.hessian == DENSE ? n * n : n; }
+
+    void fill_all(T value) const {
+        auto fill = [&](T* v, Index size) { if (v) std::fill_n(v, size, value); };
+        fill(dq, n), fill(db, p), fill(dh, m), fill(dlower, n), fill(dupper, n);
+        fill(dQ, hessian_size()), fill(dA, p * n), fill(dG, m * n), fill(dfactor, n * batch.rank);
+    }
+    bool asked() const {
+        auto any_entry = [](const T* v, Index size) {
+            bool found = false;
+            for (Index j = 0; v && j < size; j++) found = found || v[j] != 0;  // NaN too
+            return found;
+        };
+        return any_entry(gx, n) || any_entry(gs, m) || any_entry(glam, m) || any_entry(gnu, p) ||
+               any_entry(glower, n) || any_entry(gupper, n);
+    }
+    // The slack of rows that are not active, h - Gx, passes its gradient to dh and, through x, to `rx`. On entry dh
+    // holds 1 in the active rows.
+    void pass_slack(double* rx) const {
+        for (Index r = 0; r < m; r++) dh[r] = gs && dh[r] == 0 ? gs[r] : T(0);
+        if (!gs || !m) return;
         const T *G = batch.at<T>(FIELD_G, i), *h = batch.at<T>(FIELD_h, i);
         for (Index r = 0; r < m; r++) {
             if (static_cast<double>(h[r]) == INF) dh[r] = 0;
@@ -73,6 +99,53 @@ void pull_back(const Batch& batch, const Answer& answer, const Gradients& g, Ind
                 for (Index j = 0; j < n; j++) rx[j] -= static_cast<double>(dh[r]) * static_cast<double>(G[r * n + j]);
         }
     }
+
+    // The gradients of matrices, from those of vectors.
+    void write_matrices() const {
+        const T *x = static_cast<const T*>(answer.x) + i * n, *nu = static_cast<const T*>(answer.nu) + i * p,
+                *lam = static_cast<const T*>(answer.lam) + i * m;
+        if (dQ && batch.hessian == DENSE)
+            for (Index r = 0; r < n; r++) {
+                const T a = T(0.5) * dq[r], b = T(0.5) * x[r];
+                for (Index c = 0; c < n; c++) dQ[r * n + c] = a * x[c] + b * dq[c];
+            }
+        if (dQ && batch.hessian != DENSE)
+            for (Index j = 0; j < n; j++) dQ[j] = dq[j] * x[j];
+        if (dfactor) {
+            // Q = diag + FF':  dF = dq (F'x)' + x (F'dq)'
+            const T* F = batch.at<T>(FIELD_FACTOR, i);
+            const Index k = batch.rank;
+            for (Index c = 0; c < k; c++) {
+                double by_x = 0, by_q = 0;
+                for (Index j = 0; j < n; j++) {
+                    by_x += static_cast<double>(F[j * k + c]) * static_cast<double>(x[j]);
+                    by_q += static_cast<double>(F[j * k + c]) * static_cast<double>(dq[j]);
+                }
+                for (Index j = 0; j < n; j++)
+                    dfactor[j * k + c] = static_cast<T>(static_cast<double>(dq[j]) * by_x + static_cast<double>(x[j]) * by_q);
+            }
+        }
+        if (dA) outer_difference(dA, p, n, nu, dq, db, x);
+        if (dG) outer_difference(dG, m, n, lam, dq, dh, x);
+    }
+};
+
+// The solve with a factor that was kept whole.
+template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
+    const Index n = g.n, p = g.p, m = g.m;
+    Saved saved(g.batch, g.answer, g.i);
+    saved.open();
+    work.fit(n);
+    double *rx = work.x.data(), *ry = work.y.data(), *inv = work.inv.data();
+    std::memset(rx, 0, work.x.size() * sizeof(double));
+    std::memset(ry, 0, work.y.size() * sizeof(double));
+    for (Index j = 0; j < n; j++) rx[j] = g.gx ? static_cast<double>(g.gx[j]) : 0.0;
+    if (g.gs)
+        for (Index j = 0; j < saved.count; j++) {
+            const Index place = static_cast<Index>(saved.held[j]) - p;
+            if (saved.held[j] >= 0 && place >= 0 && place < m) g.dh[place] = 1;
+        }
+    g.pass_slack(rx);
     const double cost = saved.cost();
     for (Index j = 0; j < n; j++) rx[j] *= cost * saved.d[j];
     auto inverse_diagonal = [&](const double* U, Index ld, Index size) {
@@ -86,37 +159,90 @@ void pull_back(const Batch& batch, const Answer& answer, const Gradients& g, Ind
         const double place = saved.held[j];
         const Index at = static_cast<Index>(place < 0 ? -1 - place : place);
         double right = 0;
-        if (at < p) right = gnu ? saved.eq[at] * static_cast<double>(gnu[at]) : 0.0;
-        else if (at < p + m) right = glam ? saved.rows[at - p] * static_cast<double>(glam[at - p]) : 0.0;
-        else if (place < 0) right = glower ? -static_cast<double>(glower[at - p - m]) / saved.d[at - p - m] : 0.0;
-        else right = gupper ? static_cast<double>(gupper[at - p - m]) / saved.d[at - p - m] : 0.0;
+        if (at < p) right = g.gnu ? saved.eq[at] * static_cast<double>(g.gnu[at]) : 0.0;
+        else if (at < p + m) right = g.glam ? saved.rows[at - p] * static_cast<double>(g.glam[at - p]) : 0.0;
+        else if (place < 0) right = g.glower ? -static_cast<double>(g.glower[at - p - m]) / saved.d[at - p - m] : 0.0;
+        else right = g.gupper ? static_cast<double>(g.gupper[at - p - m]) / saved.d[at - p - m] : 0.0;
         ry[j] -= right;
     }
     solve_both<Single>(saved.M, saved.ld, inverse_diagonal(saved.M, saved.ld, saved.count), saved.count, ry);
     add_product<Single>(saved.V, saved.ld, n, ry, -1, rx, 0, packs);
     solve<Single>(saved.U, saved.ldu, inverse_diagonal(saved.U, saved.ldu, n), n, rx);
 
-    for (Index j = 0; j < n; j++) dq[j] = static_cast<T>(-rx[j] * saved.d[j]);
-    for (Index j = 0; j < p; j++) db[j] = 0;
+    for (Index j = 0; j < n; j++) g.dq[j] = static_cast<T>(-rx[j] * saved.d[j]);
+    for (Index j = 0; j < p; j++) g.db[j] = 0;
     for (Index j = 0; j < saved.count; j++) {
         const double place = saved.held[j];
         const Index at = static_cast<Index>(place < 0 ? -1 - place : place);
-        if (at < p) db[at] = static_cast<T>(ry[j] * saved.eq[at] / cost);
-        else if (at < p + m) dh[at - p] = static_cast<T>(ry[j] * saved.rows[at - p] / cost);
+        if (at < p) g.db[at] = static_cast<T>(ry[j] * saved.eq[at] / cost);
+        else if (at < p + m) g.dh[at - p] = static_cast<T>(ry[j] * saved.rows[at - p] / cost);
         else {
-            T* side = place < 0 ? dlower : dupper;
+            T* side = place < 0 ? g.dlower : g.dupper;
             if (side) side[at - p - m] = static_cast<T>(ry[j] / (cost * saved.d[at - p - m]));
         }
     }
-    const T *x = static_cast<const T*>(answer.x) + i * n, *nu = static_cast<const T*>(answer.nu) + i * p,
-            *lam = static_cast<const T*>(answer.lam) + i * m;
-    if (dQ)
-        for (Index r = 0; r < n; r++) {
-            const T a = T(0.5) * dq[r], b = T(0.5) * x[r];
-            for (Index c = 0; c < n; c++) dQ[r * n + c] = a * x[c] + b * dq[c];
-        }
-    if (dA) outer_difference(dA, p, n, nu, dq, db, x);
-    if (dG) outer_difference(dG, m, n, lam, dq, dh, x);
+}
+
+// The solve with the system of the active set, assembled and factored anew.
+template <class T> void pull_by_sides(const Pull<T>& g, PullbackWork& work) {
+    const Index n = g.n, p = g.p, m = g.m;
+    Sides sides(g.batch, g.answer, g.i);
+    Reassembled& again = work.get(Sizes(g.batch));
+    Scaled& k = again.problem;
+    Saddle& saddle = again.saddle;
+    k.read<T>(g.batch, g.i);
+    std::copy_n(sides.d, n, k.dx), std::copy_n(sides.eq, p, k.eq), std::copy_n(sides.rows, m, k.row);
+    k.cost = sides.cost();
+    k.rescale();
+    saddle.set_shift(sides.diagonal());
+    for (Index r = 0; r < m; r++) saddle.row_in[r] = sides.row[r], saddle.row_e[r] = 0;
+    for (Index j = 0; k.k.bounded() && j < n; j++) saddle.bound_in[j] = sides.bound[j] != FREE, saddle.bound_e[j] = 0;
+    saddle.factor(sides.diagonal() ? DIAGONAL_FIRST : HELD);
+
+    double *right = again.right, *u = again.u;
+    std::fill_n(right, saddle.size, 0.0);
+    for (Index j = 0; j < n; j++) right[j] = g.gx ? static_cast<double>(g.gx[j]) : 0.0;
+    // (Active rows have no slack to move, unless they depend on each other: then not all of them can be held.)
+    const bool dependent = saddle.dependent() > 0;
+    for (Index r = 0; r < m; r++) g.dh[r] = static_cast<T>(dependent ? 0.0 : sides.row[r]);
+    g.pass_slack(right);
+    const double cost = sides.cost();
+    for (Index j = 0; j < n; j++) right[j] *= cost * k.dx[j];
+    for (Index r = 0; r < p; r++) right[saddle.at_eq + r] = g.gnu ? k.eq[r] * static_cast<double>(g.gnu[r]) : 0.0;
+    for (Index r = 0; r < m; r++)
+        right[saddle.at_row + r] = g.glam && sides.row[r] != 0 ? k.row[r] * static_cast<double>(g.glam[r]) : 0.0;
+    for (Index j = 0; k.k.bounded() && j < n; j++) {
+        const double side = sides.bound[j];
+        const bool low = side == AT_LOWER || side == FIXED_DOWN;
+        const T* from = side == FREE ? nullptr : low ? g.glower : g.gupper;
+        right[saddle.at_bound + j] = from ? (low ? -1 : 1) * static_cast<double>(from[j]) / k.dx[j] : 0.0;
+    }
+    saddle.solve_minimum_norm(right, u);
+    for (Index j = 0; j < n; j++) g.dq[j] = static_cast<T>(-u[j] * k.dx[j]);
+    for (Index r = 0; r < p; r++) g.db[r] = static_cast<T>(u[saddle.at_eq + r] * k.eq[r] / cost);
+    for (Index r = 0; r < m; r++)
+        if (sides.row[r] != 0) g.dh[r] += static_cast<T>(u[saddle.at_row + r] * k.row[r] / cost);
+    for (Index j = 0; k.k.bounded() && j < n; j++) {
+        const double side = sides.bound[j], force = u[saddle.at_bound + j] / (cost * k.dx[j]);
+        // (A fixed variable stands at the mean of its bounds.)
+        const double share = side == FIXED_DOWN || side == FIXED_UP ? 0.5 * force : force;
+        if (g.dlower) g.dlower[j] = static_cast<T>(side == AT_LOWER || side >= FIXED_DOWN ? share : 0.0);
+        if (g.dupper) g.dupper[j] = static_cast<T>(side == AT_UPPER || side >= FIXED_DOWN ? share : 0.0);
+    }
+}
+
+template <class T>
+void pull_back(const Batch& batch, const Answer& answer, const Gradients& gradients, Index i, PullbackWork& work) {
+    const Pull<T> g(batch, answer, gradients, i);
+    const double kind = answer.saved[i * answer.saved_stride];
+    if (kind == NO_RECORD) return g.fill_all(T(0));
+    // What failed passes NaN to whoever asks for its derivative.
+    if (kind == NO_SOLUTION) return g.fill_all(g.asked() ? std::numeric_limits<T>::quiet_NaN() : T(0));
+    auto zero = [](T* v, Index size) { if (v) std::fill_n(v, size, T(0)); };
+    zero(g.dh, g.m), zero(g.dlower, g.n), zero(g.dupper, g.n);
+    if (kind == ONLY_SIDES) pull_by_sides(g, work);
+    else pull_by_factor(g, work);
+    g.write_matrices();
 }
 
 }  // namespace diffopt

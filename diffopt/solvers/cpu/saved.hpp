@@ -10,8 +10,9 @@ inline bool matrices_shared(const Batch& batch) {
     return batch.count > 1 && batch.shared(FIELD_Q) && batch.shared(FIELD_A) && batch.shared(FIELD_G);
 }
 
-// Stands in the place of the count where an instance has no record.
-constexpr double NO_RECORD = -1;
+// In the place of the count: an instance that was not looked at; one without a solution; and one solved by the general
+// method, of which only the active set is kept (`Sides`).
+constexpr double NO_RECORD = -1, NO_SOLUTION = -2, ONLY_SIDES = -3;
 
 // A record: count of held rows, cost; scaling d, eq, rows; the held rows' places in [A; G; I] (a lower bound's as
 // -1 - place); then U (n x ldu) unless shared, V (n x ld), M (ld x ld), rows padded to whole packs.
@@ -63,5 +64,27 @@ template <class P> void keep_factor(const double* U, Index ld, Index n, int lane
         for (Index c = first_read(r); c < ldu; c++)
             target[r * ldu + c] = c >= r && c < n ? U[(r * ld + c) * P::S + lane] : 0.0;
 }
+
+// Where a variable stands.
+constexpr double FREE = 0, AT_LOWER = 1, AT_UPPER = 2, FIXED_DOWN = 3, FIXED_UP = 4;
+
+// The record of an instance that was solved by the general method: ONLY_SIDES, cost, whether its Hessian was eliminated
+// first; scaling d, eq, rows; for each row of G whether it is active; for each variable where it stands.
+struct Sides {
+    double *head, *d, *eq, *rows, *row, *bound;
+
+    Sides(const Batch& batch, const Answer& answer, Index instance) {
+        head = answer.saved + instance * answer.saved_stride;
+        d = head + 3;
+        eq = d + batch.n;
+        rows = eq + batch.p;
+        row = rows + batch.m;
+        bound = row + batch.m;
+    }
+    static Index size(const Batch& batch) { return 3 + 2 * batch.n + batch.p + 2 * batch.m; }
+    void start(double cost, bool diagonal) { head[0] = ONLY_SIDES, head[1] = cost, head[2] = diagonal; }
+    double cost() const { return head[1]; }
+    bool diagonal() const { return head[2] != 0; }
+};
 
 }  // namespace diffopt
