@@ -13,12 +13,16 @@ namespace {
 
 std::atomic<int> errors{0};
 
-struct Sizes {
+struct Kind {
     Index n, p, m;
     bool lower, upper;
+    Index rank = -1;  // of the low-rank part of Q, -1 if Q is dense
+    int64_t reduction = REDUCE_AUTO;
+    bool polish = true;
     std::string text() const {
         return "n=" + std::to_string(n) + " p=" + std::to_string(p) + " m=" + std::to_string(m) + " bounds=" +
-               std::to_string(lower) + std::to_string(upper);
+               std::to_string(lower) + std::to_string(upper) + " rank=" + std::to_string(rank) +
+               " reduction=" + std::to_string(reduction) + " polish=" + std::to_string(polish);
     }
 };
 
@@ -41,7 +45,7 @@ class Random {
 
 // A batch with its answers, records and gradients.
 template <class T> struct Work {
-    Sizes sizes;
+    Kind sizes;
     Index count;
     std::vector<T> data[FIELDS];
     std::vector<Fault> faults;
@@ -50,28 +54,29 @@ template <class T> struct Work {
     std::vector<int64_t> iterations, weak, dependent;
     std::vector<double> residuals, saved, shared;
     std::vector<T> gx, gs, glam, gnu, glow, gup;                // incoming
-    std::vector<T> dQ, dq, dA, db, dG, dh, dlow, dup;           // outgoing
+    std::vector<T> dQ, dF, dq, dA, db, dG, dh, dlow, dup;           // outgoing
     Call call{};
     int64_t missing = 0;
 
     Index core(int field) const {
         const Index n = sizes.n, p = sizes.p, m = sizes.m;
-        const Index all[FIELDS] = {n * n, 0, n, p * n, p, m * n, m, sizes.lower ? n : 0, sizes.upper ? n : 0};
+        const Index all[FIELDS] = {sizes.rank < 0 ? n * n : n, std::max<Index>(sizes.rank, 0) * n, n, p * n, p, m * n, m, sizes.lower ? n : 0, sizes.upper ? n : 0};
         return all[field];
     }
     const T* at(int field, Index i) const { return data[field].data() + i * call.batch.stride[field]; }
     T* at(int field, Index i) { return data[field].data() + i * call.batch.stride[field]; }
 
-    Work(Sizes sizes, Index count, Sharing sharing, bool faulty, uint64_t seed) : sizes(sizes), count(count) {
+    Work(Kind sizes, Index count, Sharing sharing, bool faulty, uint64_t seed) : sizes(sizes), count(count) {
         Random random(seed);
         const Index n = sizes.n, p = sizes.p, m = sizes.m;
         Batch& batch = call.batch;
-        batch = {count, n, p, m, 0, DENSE, std::is_same<T, float>::value, {}, {}};
+        const int64_t hessian = sizes.rank < 0 ? DENSE : sizes.rank == 0 ? DIAGONAL : DIAGONAL_PLUS_LOW_RANK;
+        batch = {count, n, p, m, std::max<Index>(sizes.rank, 0), hessian, std::is_same<T, float>::value, {}, {}};
         for (int f = 0; f < FIELDS; f++) {
-            const bool matrix = f == FIELD_Q || f == FIELD_A || f == FIELD_G;
+            const bool matrix = f == FIELD_Q || f == FIELD_FACTOR || f == FIELD_A || f == FIELD_G;
             bool is_shared = false;
             if (sharing == MATRICES) is_shared = matrix;
-            if (sharing == ONLY_Q) is_shared = f == FIELD_Q;
+            if (sharing == ONLY_Q) is_shared = f == FIELD_Q || f == FIELD_FACTOR;
             if (sharing == ALL_BUT_q) is_shared = f != FIELD_q;
             batch.stride[f] = is_shared ? 0 : core(f);
             data[f].resize(core(f) * (is_shared ? 1 : count));
@@ -82,7 +87,11 @@ template <class T> struct Work {
             auto fresh = [&](int f) { return i == 0 || batch.stride[f] != 0; };
             if (i == 0 || sharing != ALL_BUT_q)
                 for (auto& v : point) v = random.normal();
-            if (fresh(FIELD_Q)) {
+            if (fresh(FIELD_Q) && sizes.rank >= 0)
+                for (Index r = 0; r < n; r++) at(FIELD_Q, i)[r] = T(0.1 + random.uniform());
+            if (fresh(FIELD_FACTOR))
+                for (Index r = 0; r < sizes.rank * n; r++) at(FIELD_FACTOR, i)[r] = T(random.normal());
+            if (fresh(FIELD_Q) && sizes.rank < 0) {
                 for (auto& v : root) v = random.normal();
                 for (Index r = 0; r < n; r++)
                     for (Index c = 0; c < n; c++) {
@@ -113,7 +122,7 @@ template <class T> struct Work {
         }
         auto output = [&](std::vector<T>& v, Index size) { v.assign(size * count, T(NOTHING)); };
         output(x, n), output(s, m), output(lam, m), output(nu, p), output(low, n), output(up, n);
-        output(dQ, n * n), output(dq, n), output(dA, p * n), output(db, p), output(dG, m * n), output(dh, m);
+        output(dQ, core(FIELD_Q)), output(dF, core(FIELD_FACTOR)), output(dq, n), output(dA, p * n), output(db, p), output(dG, m * n), output(dh, m);
         output(dlow, n), output(dup, n);
         auto input = [&](std::vector<T>& v, Index size) {
             output(v, size);
@@ -139,7 +148,7 @@ template <class T> struct Work {
         if (fault == NAN_q) at(FIELD_q, i)[n - 1] = T(NOTHING);
         if (fault == INFINITE_Q) at(FIELD_Q, i)[0] = T(INF);
         if (fault == INDEFINITE)
-            for (Index r = 0; r < n * n; r++) at(FIELD_Q, i)[r] = -at(FIELD_Q, i)[r];
+            for (Index r = 0; r < core(FIELD_Q); r++) at(FIELD_Q, i)[r] = -at(FIELD_Q, i)[r] - T(sizes.rank > 0 ? 100 : 0);
         if (fault == CROSSED) at(FIELD_LOWER, i)[0] = 1, at(FIELD_UPPER, i)[0] = -1;
         if (fault == IMPOSSIBLE) at(FIELD_h, i)[0] = T(-INF);
         if (fault == CONTRADICTORY) {
@@ -153,21 +162,64 @@ template <class T> struct Work {
         Batch& batch = call.batch;
         for (int f = 0; f < FIELDS; f++) batch.data[f] = core(f) ? data[f].data() : nullptr;
         const bool wide = sizeof(T) == 8;
-        call.options = {wide ? 1e-9 : 1e-8, wide ? 1e-7 : 1e-3, 60, REDUCE_AUTO, 1, keep, threads, 32};
+        call.options = {wide ? 1e-9 : 1e-8, wide ? 1e-7 : 1e-3, 1e-6, 60, sizes.reduction, sizes.polish, keep, threads, 32};
         const int64_t size = keep ? diffopt_saved_size(&call, 0) : 0, once = keep ? diffopt_saved_size(&call, 1) : 0;
         saved.assign(size * count, NOTHING);
         shared.assign(once, NOTHING);
         call.answer = {x.data(), s.data(), lam.data(), nu.data(), low.data(), up.data(),
                        status.data(), iterations.data(), weak.data(), dependent.data(), residuals.data(),
                        keep ? saved.data() : nullptr, once ? shared.data() : nullptr, size};
-        missing = diffopt_solve(&call, 0, split ? split : count);
-        if (split && split < count) missing += diffopt_solve(&call, split, count);
+        const int64_t counted = (int64_t{1} << 40) - 1;
+        missing = diffopt_solve(&call, 0, split ? split : count) & counted;
+        if (split && split < count) missing += diffopt_solve(&call, split, count) & counted;
+    }
+
+    int8_t expected(Index i) const {
+        switch (faults[i]) {
+            case FINE: return SOLVED;
+            case CROSSED: case CONTRADICTORY: return PRIMAL_INFEASIBLE;
+            case INDEFINITE: return NUMERICAL_ERROR;
+            default: return NONFINITE_INPUT;
+        }
+    }
+
+    // Certificates prove what they say.
+    void check_certificates() const {
+        const Index n = sizes.n, p = sizes.p, m = sizes.m;
+        for (Index i = 0; i < count; i++) {
+            if (status[i] != PRIMAL_INFEASIBLE) continue;
+            std::vector<double> ray(3 * n + p + m, NOTHING);
+            Work copy(*this);  // (the instance is solved once more, into other arrays)
+            copy.call.answer = {copy.x.data(), copy.s.data(), copy.lam.data(), copy.nu.data(), copy.low.data(),
+                                copy.up.data(), copy.status.data(), copy.iterations.data(), copy.weak.data(),
+                                copy.dependent.data(), copy.residuals.data(), nullptr, nullptr, 0};
+            for (int f = 0; f < FIELDS; f++) copy.call.batch.data[f] = core(f) ? copy.data[f].data() : nullptr;
+            if (diffopt_certificate(&copy.call, i, ray.data()) != 0) fail("no certificate", i);
+            const double *nu = ray.data() + n, *lam = nu + p, *lower = lam + m, *upper = lower + n;
+            double depth = 0, worst = 0, least = 0;
+            auto side = [&](double multiplier, const T* bound, Index r, double sign) {
+                if (multiplier != 0) depth += sign * multiplier * double(bound[r]);
+            };
+            for (Index r = 0; r < p; r++) side(nu[r], at(FIELD_b, i), r, 1);
+            for (Index r = 0; r < m; r++) side(lam[r], at(FIELD_h, i), r, 1), least = std::min(least, lam[r]);
+            for (Index c = 0; c < n; c++) {
+                double sum = upper[c] - lower[c];
+                for (Index r = 0; r < p; r++) sum += nu[r] * double(at(FIELD_A, i)[r * n + c]);
+                for (Index r = 0; r < m; r++) sum += lam[r] * double(at(FIELD_G, i)[r * n + c]);
+                worst = std::max(worst, std::fabs(sum));
+                if (!std::isfinite(sum)) worst = INF;
+                if (sizes.lower) side(lower[c], at(FIELD_LOWER, i), c, -1);
+                if (sizes.upper) side(upper[c], at(FIELD_UPPER, i), c, 1);
+                least = std::min({least, lower[c], upper[c]});
+            }
+            if (!(worst <= 1e-6 && std::fabs(depth + 1) <= 1e-6 && least >= 0)) fail("a false certificate", i);
+        }
     }
 
     void pull_back(int64_t threads, bool all) {
         Gradients g{gx.data(), gs.data(), glam.data(), gnu.data(), glow.data(), gup.data(),
-                    nullptr, dq.data(), nullptr, db.data(), nullptr, dh.data(), nullptr, nullptr};
-        if (all) g.dQ = dQ.data(), g.dA = dA.data(), g.dG = dG.data(), g.dlower = dlow.data(), g.dupper = dup.data();
+                    nullptr, dq.data(), nullptr, db.data(), nullptr, dh.data(), nullptr, nullptr, nullptr};
+        if (all) g.dQ = dQ.data(), g.dfactor = sizes.rank > 0 ? dF.data() : nullptr, g.dA = dA.data(), g.dG = dG.data(), g.dlower = dlow.data(), g.dupper = dup.data();
         if (diffopt_pullback(&call, &g, threads, 0, count) != 0) fail("a pullback failed", 0);
     }
 
@@ -211,14 +263,11 @@ template <class T> struct Work {
         for (Index i = 0; i < count; i++) {
             const bool solved = status[i] == SOLVED;
             unsolved += !solved;
-            if (solved != (faults[i] == FINE)) {
+            if (status[i] != expected(i)) {
                 fail("wrong status", i);
                 continue;
             }
-            if (!solved) {
-                if (status[i] != UNSOLVED) fail("a status that does not exist", i);
-                continue;
-            }
+            if (!solved) continue;
             if (iterations[i] < 0 || iterations[i] > 60) fail("a wrong number of iterations", i);
             if (weak[i] < 0 || dependent[i] != 0) fail("wrong counts", i);
             for (int e = 0; e < 3; e++)
@@ -235,7 +284,14 @@ template <class T> struct Work {
             for (Index r = 0; r < n; r++) {
                 double slope = value(q, r) - value(plow, r) + value(pup, r), size = std::fabs(value(q, r));
                 auto add = [&](double v) { slope += v, size = std::max(size, std::fabs(v)); };
-                for (Index c = 0; c < n; c++) add(0.5 * (value(Q, r * n + c) + value(Q, c * n + r)) * value(px, c));
+                for (Index c = 0; c < n && sizes.rank < 0; c++)
+                    add(0.5 * (value(Q, r * n + c) + value(Q, c * n + r)) * value(px, c));
+                if (sizes.rank >= 0) add(value(Q, r) * value(px, r));
+                for (Index k = 0; k < sizes.rank; k++) {
+                    double along = 0;
+                    for (Index c = 0; c < n; c++) along += value(at(FIELD_FACTOR, i), c * sizes.rank + k) * value(px, c);
+                    add(value(at(FIELD_FACTOR, i), r * sizes.rank + k) * along);
+                }
                 for (Index c = 0; c < p; c++) add(value(A, c * n + r) * value(pnu, c));
                 for (Index c = 0; c < m; c++) add(value(G, c * n + r) * value(plam, c));
                 expect_zero(slope, size);
@@ -249,7 +305,7 @@ template <class T> struct Work {
             auto inequality = [&](double slack, double multiplier) {
                 expect_zero(std::min(slack, 0.0), 1);
                 if (!(multiplier >= 0)) fail("a negative multiplier", i);
-                if (multiplier != 0) expect_zero(slack, 1);  // the active set is solved for exactly
+                if (multiplier != 0 && sizes.polish) expect_zero(slack, 1);  // the active set is solved for exactly
             };
             for (Index r = 0; r < m; r++) {
                 inequality(value(h, r) - row(G, r), value(plam, r));
@@ -262,24 +318,27 @@ template <class T> struct Work {
             }
             if (!(worst <= tolerance)) fail("not optimal", i);
         }
+        check_certificates();
         if (missing != unsolved) fail("a wrong number of unsolved problems", 0);
     }
 
     // Compares dq, db, dh (of solved instances; zero for others) with central differences along a random direction.
     void check_gradients(uint64_t seed) const {
-        auto zero = [](const std::vector<T>& v, Index size, Index i) {
+        // What failed passes NaN to whoever asks, and everything was asked for.
+        auto nothing = [](const std::vector<T>& v, Index size, Index i) {
             for (Index r = i * size; r < (i + 1) * size; r++)
-                if (!(v[r] == 0)) return false;
+                if (!std::isnan(v[r])) return false;
             return true;
         };
         const Index n = sizes.n, p = sizes.p, m = sizes.m;
         for (Index i = 0; i < count; i++) {
-            const bool vectors = zero(dq, n, i) && zero(db, p, i) && zero(dh, m, i);
-            const bool bounds = zero(dlow, n, i) && zero(dup, n, i);
-            const bool matrices = zero(dQ, n * n, i) && zero(dA, p * n, i) && zero(dG, m * n, i);
+            const bool vectors = nothing(dq, n, i) && nothing(db, p, i) && nothing(dh, m, i);
+            const bool bounds = nothing(dlow, n, i) && nothing(dup, n, i);
+            const bool matrices = nothing(dQ, core(FIELD_Q), i) && nothing(dA, p * n, i) && nothing(dG, m * n, i);
             if (status[i] != SOLVED && !(vectors && bounds && matrices)) fail("a gradient of what was not solved", i);
         }
-        if (sizeof(T) != 8 || (p && !call.batch.stride[FIELD_b]) || (m && !call.batch.stride[FIELD_h])) return;
+        // (Without a polish the points are not accurate enough to be subtracted.)
+        if (sizeof(T) != 8 || !sizes.polish || (p && !call.batch.stride[FIELD_b]) || (m && !call.batch.stride[FIELD_h])) return;
         Random random(seed);
         constexpr double step = 1e-6;
         Work up_moved(*this), down_moved(*this);
@@ -309,13 +368,13 @@ template <class T> struct Work {
         };
         return equal(x, other.x) && equal(s, other.s) && equal(lam, other.lam) && equal(nu, other.nu) &&
                equal(low, other.low) && equal(up, other.up) && equal(status, other.status) && equal(weak, other.weak) &&
-               equal(iterations, other.iterations) && equal(residuals, other.residuals) && equal(dQ, other.dQ) &&
+               equal(iterations, other.iterations) && equal(residuals, other.residuals) && equal(dQ, other.dQ) && equal(dF, other.dF) &&
                equal(dq, other.dq) && equal(dA, other.dA) && equal(db, other.db) && equal(dG, other.dG) &&
                equal(dh, other.dh) && equal(dlow, other.dlow) && equal(dup, other.dup);
     }
 };
 
-template <class T> void all_kinds(Sizes sizes, const std::vector<Index>& counts, uint64_t seed) {
+template <class T> void all_kinds(Kind sizes, const std::vector<Index>& counts, uint64_t seed) {
     for (Index count : counts)
         for (Sharing sharing : {NONE, MATRICES, ONLY_Q, ALL_BUT_q}) {
             Work<T> work(sizes, count, sharing, count > 1, seed++);
@@ -336,12 +395,12 @@ template <class T> void all_kinds(Sizes sizes, const std::vector<Index>& counts,
 
 // Several callers at once, each with problems of its own, all wanting the same threads.
 void callers_at_once() {
-    const Sizes sizes[] = {{6, 1, 5, true, true}, {34, 3, 20, false, true}, {12, 0, 20, false, false}};
+    const Kind sizes[] = {{6, 1, 5, true, true}, {34, 3, 20, false, true}, {12, 0, 20, false, false}};
     std::vector<std::thread> callers;
     for (int caller = 0; caller < 6; caller++)
         callers.emplace_back([caller, &sizes] {
             for (int turn = 0; turn < 3; turn++) {
-                const Sizes mine = sizes[(caller + turn) % 3];
+                const Kind mine = sizes[(caller + turn) % 3];
                 const Sharing sharing = caller % 2 ? MATRICES : NONE;
                 Work<double> alone(mine, 64, sharing, true, 7), together(mine, 64, sharing, true, 7);
                 alone.solve(1, true, 64), together.solve(3, true, 64);
@@ -367,25 +426,36 @@ int main() {
         std::puts("skipped: this machine lacks the instructions");
         return 0;
     }
-    const Sizes small[] = {
+    const Kind small[] = {
         {1, 0, 0, false, false}, {1, 0, 1, false, false},  {1, 1, 0, false, false},  {1, 0, 0, true, true},
         {2, 1, 1, true, false},  {3, 3, 0, false, false},  {5, 4, 3, false, true},   {6, 2, 5, true, true},
         {7, 0, 13, false, false}, {16, 3, 12, true, true}, {17, 0, 32, false, false}, {24, 8, 8, true, false},
     };
-    const Sizes large[] = {
+    const Kind large[] = {
         {33, 0, 0, false, false}, {25, 8, 20, false, false}, {18, 0, 33, false, false}, {33, 4, 20, true, true},
         {41, 40, 3, false, true}, {37, 5, 60, false, false},
     };
     uint64_t seed = 1;
-    for (const Sizes& sizes : small) {
+    for (const Kind& sizes : small) {
         all_kinds<double>(sizes, {0, 1, 3, 9, 64}, seed += 100);
         all_kinds<float>(sizes, {1, 9}, seed += 100);
     }
-    for (const Sizes& sizes : large) {
+    for (const Kind& sizes : large) {
         all_kinds<double>(sizes, {0, 1, 3, 9}, seed += 100);
         all_kinds<float>(sizes, {1, 4}, seed += 100);
     }
     all_kinds<double>({36, 2, 20, true, true}, {64}, seed += 100);
+    // The general method: more rows, structured Hessians, other reductions.
+    const Kind general[] = {
+        {5, 2, 20, true, true},       {20, 3, 60, false, true},      {1, 0, 3, true, true},
+        {10, 4, 3, true, true, 0},    {17, 3, 9, true, false, 3},    {6, 0, 0, true, true, 0},
+        {9, 2, 4, false, false, 1},   {12, 3, 9, true, true, -1, REDUCE_PRIMAL}, {11, 2, 7, true, false, 2, REDUCE_PRIMAL},
+        {33, 4, 20, true, true, -1, REDUCE_AUTO, false},
+    };
+    for (const Kind& sizes : general) {
+        all_kinds<double>(sizes, {0, 1, 3, 20}, seed += 100);
+        all_kinds<float>(sizes, {1, 4}, seed += 100);
+    }
     callers_at_once();
     std::printf("%d errors\n", errors.load());
     return errors.load() ? 1 : 0;
