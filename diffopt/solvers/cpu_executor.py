@@ -226,6 +226,7 @@ class _Layout:
         single: whether the data is float32.
         slices: the ranges of instances, one for each call into the library.
         shared: for each field of the C structure, whether all instances share it.
+        present: for each field 1 if there is one, else 0.
         strides: numbers from one instance to the next, 0 for shared fields.
     """
 
@@ -239,6 +240,7 @@ class _Layout:
         self.shared: list[bool] = []
         self.strides: list[int] = []
         self._expand: list[torch.Size | None] = []
+        self.present = [int(tensor is not None) for tensor in _fields(data)]
         self._saved: dict[object, tuple[int, int]] = {}
         for tensor, dims in zip(_fields(data), (1 if self.hessian else 2, 2, 1, 2, 1, 2, 1, 1, 1), strict=True):
             if tensor is None:
@@ -275,8 +277,8 @@ class _Layout:
         known = self._saved.get(key)
         if known is None:
             call = _CALL.pack(
-                self.count, *self.sizes, self.rank, self.hessian, 0, *[0] * 9, *self.strides, *[0] * 14,
-                0.0, 0.0, 0.0, 0, _REDUCTIONS[settings.reduction], settings.polish, 0, 0, 0,
+                self.count, *self.sizes, self.rank, self.hessian, 0, *self.present, *self.strides, *[0] * 14,
+                0.0, 0.0, 0.0, 0, _REDUCTIONS[settings.reduction], settings.polish, 0, 0, LANES_UP_TO,
             )  # fmt: skip
             known = self._saved[key] = handle.diffopt_saved_size(call, 0), handle.diffopt_saved_size(call, 1)
         return known

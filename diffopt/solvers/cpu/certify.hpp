@@ -30,7 +30,8 @@ class Whole {
     }
 
     // Solves instance i and writes its answer; its certificate, if it has one, to `ray` where that is wanted.
-    void run(const Batch& batch, const Options& options, Index i, const Answer& answer, Ray* ray) {
+    void run(const Batch& batch, const Options& options, const Places& places, Index i, const Answer& answer, Ray* ray) {
+        places_ = places;
         Scaled& k = main_.problem;
         main_.iterations = 0;
         if (batch.single) k.read<float>(batch, i);
@@ -66,6 +67,7 @@ class Whole {
   private:
     General main_;
     Arena arena_;
+    Places places_{};
     std::unique_ptr<General> elastic_, recession_;
     Arena elastic_memory_, recession_memory_;
     double *weak_, *pull_, *Cx_, *eq_;
@@ -237,7 +239,7 @@ class Whole {
         write_report(batch, i, status, 0, main_.iterations, answer);
         for (int e = 0; e < 3; e++) answer.residuals[e * batch.count + i] = std::numeric_limits<double>::quiet_NaN();
         answer.dependent[i] = -1;
-        if (answer.saved) answer.saved[i * answer.saved_stride] = NO_SOLUTION;
+        if (answer.saved) *places_.at(answer, i) = NO_SOLUTION;
     }
 
     void write_report(const Batch& batch, Index i, int8_t status, int64_t weak, int64_t steps, const Answer& answer) {
@@ -285,12 +287,14 @@ class Whole {
         answer.dependent[i] = usable ? main_.saddle.dependent() : -1;
         if (!answer.saved) return;
         if (!usable) {
-            answer.saved[i * answer.saved_stride] = NO_SOLUTION;
+            *places_.at(answer, i) = NO_SOLUTION;
             return;
         }
-        Sides record(batch, answer, i);
+        const Sides record(batch, places_.at(answer, i), places_.step(i));
         record.start(k.cost, main_.diagonal());
-        std::copy_n(k.dx, n, record.d), std::copy_n(k.eq, p, record.eq), std::copy_n(k.row, m, record.rows);
+        for (Index j = 0; j < n; j++) record.d[j] = k.dx[j];
+        for (Index r = 0; r < p; r++) record.eq[r] = k.eq[r];
+        for (Index r = 0; r < m; r++) record.rows[r] = k.row[r];
         for (Index r = 0; r < m; r++) record.row[r] = weak_[r];
         for (Index j = 0; j < n; j++) {
             double side = FREE;

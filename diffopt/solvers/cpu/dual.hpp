@@ -65,6 +65,7 @@ template <class P> class Dual {
     Index run(const Setup<P>& setup, Index first, const Answer& answer) {
         m_ = &setup;
         first_ = first;
+        kept_ = false;
         if (batch_.single) read<float>();
         else read<double>();
         start();
@@ -82,6 +83,7 @@ template <class P> class Dual {
     int count_ = 0;
     Index rows_ = 0, lower_ = 0, upper_ = 0;
     bool two_sided_ = false;
+    bool kept_ = false;  // U and V are in the record
     Flag sound_{};
     Number total_{}, objective_{};  // rows that exist; q'Q^-1 q, the size of the objective
 
@@ -405,7 +407,8 @@ template <class P> class Dual {
     void finish(Flag accepted, int64_t step, const Answer& answer);
     void write(int lane, int64_t step, Index weak, const Answer& answer);
     template <class T> void write_point(int lane, const Answer& answer) const;
-    void keep(int lane, const Answer& answer);
+    void keep(const Answer& answer);
+    void keep_lanes(Flag accepted, const Answer& answer);
 
     // Columns of the held rows: of V where other entries of y are zero, else gathered.
     const double* held_matrix() const { return P::LANES ? m_->V : B_; }

@@ -64,7 +64,7 @@ template <class T> void fill(void* target, Index from, Index to, Index size) {
     for (Index i = from * size; i < to * size; i++) v[i] = std::numeric_limits<T>::quiet_NaN();
 }
 
-void clear_answer(const Batch& batch, const Answer& a, Index from, Index to) {
+void clear_answer(const Batch& batch, const Answer& a, const Places& places, Index from, Index to) {
     auto nan = [&](void* target, Index size) {
         if (batch.single) fill<float>(target, from, to, size);
         else fill<double>(target, from, to, size);
@@ -78,7 +78,7 @@ void clear_answer(const Batch& batch, const Answer& a, Index from, Index to) {
     for (Index i = from; i < to; i++) {
         a.status[i] = UNSOLVED;
         a.iterations[i] = a.weak[i] = a.dependent[i] = 0;
-        if (a.saved) a.saved[i * a.saved_stride] = NO_RECORD;
+        if (a.saved) *places.at(a, i) = NO_RECORD;
         for (int e = 0; e < 3; e++) a.residuals[e * batch.count + i] = std::numeric_limits<double>::quiet_NaN();
     }
 }
@@ -103,7 +103,15 @@ template <class P> int64_t solve_batch(const Batch& batch, const Options& option
         Setup<P>& setup = local.get(batch, options).setup;
         setup.build(batch, begin);
         common = &setup;
-        if (answer.saved_shared) keep_factor<P>(setup.U, setup.k.np, batch.n, 0, answer.saved_shared);
+        if (answer.saved_shared) {
+            if constexpr (P::LANES) {
+                const Small<P> record(batch, answer, begin);
+                std::copy_n(setup.U, batch.n * batch.n * P::S, record.U);
+                std::copy_n(setup.V, batch.n * record.joint * P::S, record.V);
+            } else {
+                keep_factor<P>(setup.U, setup.k.np, batch.n, 0, answer.saved_shared);
+            }
+        }
     }
     std::atomic<int64_t> missing{0};
     std::atomic<bool> failed{false};
@@ -130,15 +138,22 @@ bool takes_dual(const Batch& batch, const Options& options) {
            options.polish && (options.reduction == REDUCE_AUTO || options.reduction == REDUCE_DUAL);
 }
 
-int64_t solve_by_dual(const Batch& batch, const Options& options, const Answer& answer, Index begin, Index end) {
-    const bool small = batch.n + batch.p <= options.lanes_up_to && batch.m + batch.bounds() <= options.lanes_up_to;
-    if (!small) return solve_batch<Single>(batch, options, answer, begin, end);
-    // Filling all lanes for one or two problems takes longer than solving these on their own; same bits.
-    const Index rest = (end - begin) % Lanes::W, alone = rest <= ALONE_UP_TO ? end - rest : end;
+// Where records lie, and which problems are solved in lanes. Filling all lanes for one or two problems takes longer than
+// solving these on their own, by the instructions of a lane; same bits.
+Places places_of(const Batch& batch, const Options& options, Index begin, Index end) {
+    const bool small = takes_dual(batch, options) && batch.n + batch.p <= options.lanes_up_to &&
+                       batch.m + batch.bounds() <= options.lanes_up_to;
+    const Index rest = (end - begin) % Lanes::W;
+    return {small, begin, rest <= ALONE_UP_TO ? end - rest : end};
+}
+
+int64_t solve_by_dual(const Batch& batch, const Options& options, const Answer& answer, const Places& places, Index begin,
+                      Index end) {
+    if (!places.small) return solve_batch<Single>(batch, options, answer, begin, end);
     int64_t missing = 0;
-    if (alone > begin) missing = solve_batch<Lanes>(batch, options, answer, begin, alone);
-    if (missing < 0 || alone == end) return missing;
-    const int64_t more = solve_batch<Alone>(batch, options, answer, alone, end);
+    if (places.alone > begin) missing = solve_batch<Lanes>(batch, options, answer, begin, places.alone);
+    if (missing < 0 || places.alone == end) return missing;
+    const int64_t more = solve_batch<Alone>(batch, options, answer, places.alone, end);
     return more < 0 ? more : missing + more;
 }
 
@@ -158,7 +173,8 @@ Whole& whole(const Batch& batch) {
 constexpr int64_t BY_DUAL = int64_t{1} << 40, BY_DIAGONAL = int64_t{2} << 40, BY_PRIMAL = int64_t{4} << 40;
 
 // Solves what is still UNSOLVED among [begin, end) by the general method; returns how many are not SOLVED, or -1.
-int64_t solve_rest(const Batch& batch, const Options& options, const Answer& answer, Index begin, Index end) {
+int64_t solve_rest(const Batch& batch, const Options& options, const Answer& answer, const Places& places, Index begin,
+                   Index end) {
     std::vector<Index> rest;
     for (Index i = begin; i < end; i++)
         if (answer.status[i] == UNSOLVED) rest.push_back(i);
@@ -173,7 +189,7 @@ int64_t solve_rest(const Batch& batch, const Options& options, const Answer& ans
             const Index last = std::min<Index>(count, (chunk + 1) * per_chunk);
             for (Index c = chunk * per_chunk; c < last; c++) {
                 const Index i = rest[static_cast<std::size_t>(c)];
-                mine.run(batch, options, i, answer, nullptr);
+                mine.run(batch, options, places, i, answer, nullptr);
                 missing += answer.status[i] != SOLVED;
                 used |= mine.diagonal() ? BY_DIAGONAL : BY_PRIMAL;
             }
@@ -189,7 +205,7 @@ int64_t solve_rest(const Batch& batch, const Options& options, const Answer& ans
 
 using namespace diffopt;
 
-DIFFOPT_API int32_t diffopt_abi() { return 3; }
+DIFFOPT_API int32_t diffopt_abi() { return 4; }
 
 // The widest instruction set of this machine: 0 baseline, 1 AVX2 + FMA, 2 AVX-512 (F, DQ, VL, BW).
 DIFFOPT_API int32_t diffopt_cpu_level() {
@@ -212,9 +228,12 @@ struct Call {
 // How many numbers a solve keeps for its pullback: of each instance, and once for all.
 DIFFOPT_API int64_t diffopt_saved_size(const Call* call, int64_t once) {
     const Batch& batch = call->batch;
-    const bool dual = takes_dual(batch, call->options);
-    if (once) return dual ? Saved::shared_size(batch) : 0;
-    return dual ? std::max(Saved::size(batch), Saved::round(Sides::size(batch))) : Sides::size(batch);
+    const Options& options = call->options;
+    const int64_t sides = Saved::round(Sides::size(batch));
+    if (!takes_dual(batch, options)) return once ? 0 : sides;
+    if (!places_of(batch, options, 0, 0).small) return once ? Saved::shared_size(batch) : std::max(Saved::size(batch), sides);
+    const int64_t each = std::max<int64_t>(Saved::round(Small<Lanes>::size(batch)), sides);
+    return once ? (W - 1) * each + Small<Lanes>::shared_size(batch) : each;
 }
 
 // Solves instances [begin, end). Returns how many are not SOLVED, plus 2^40 (by the dual form), 2^41 (with a diagonal
@@ -224,14 +243,15 @@ DIFFOPT_API int64_t diffopt_solve(const Call* call, int64_t begin, int64_t end) 
     const Options& options = call->options;
     const Answer& answer = call->answer;
     try {
-        clear_answer(batch, answer, begin, end);
+        const Places places = places_of(batch, options, begin, end);
+        clear_answer(batch, answer, places, begin, end);
         if (takes_dual(batch, options)) {
-            const int64_t missing = solve_by_dual(batch, options, answer, begin, end);
+            const int64_t missing = solve_by_dual(batch, options, answer, places, begin, end);
             if (missing <= 0) return missing < 0 ? missing : BY_DUAL;
-            const int64_t rest = solve_rest(batch, options, answer, begin, end);
+            const int64_t rest = solve_rest(batch, options, answer, places, begin, end);
             return rest < 0 || missing == end - begin ? rest : rest | BY_DUAL;
         }
-        return solve_rest(batch, options, answer, begin, end);
+        return solve_rest(batch, options, answer, places, begin, end);
     } catch (...) {
         return -1;
     }
@@ -243,7 +263,9 @@ DIFFOPT_API int64_t diffopt_solve(const Call* call, int64_t begin, int64_t end) 
 DIFFOPT_API int64_t diffopt_certificate(const Call* call, int64_t i, double* target) {
     try {
         Ray ray;
-        whole(call->batch).run(call->batch, call->options, i, call->answer, &ray);
+        Answer answer = call->answer;
+        answer.saved = nullptr;
+        whole(call->batch).run(call->batch, call->options, Places{}, i, answer, &ray);
         std::copy(ray.begin(), ray.end(), target);
         return ray.empty();
     } catch (...) {
@@ -251,22 +273,42 @@ DIFFOPT_API int64_t diffopt_certificate(const Call* call, int64_t i, double* tar
     }
 }
 
-// Writes the gradients of instances [begin, end); returns 0, or -1 if memory ran out.
+namespace diffopt {
+namespace {
+
+template <class P, class T> void pull_group(const Call& call, const Places& places, const Gradients& g, Index first, Index last,
+                                            PullbackWork& work) {
+    if (places.small) return pull_lanes<P, T>(call.batch, call.answer, places, g, first, last, work);
+    for (Index i = first; i < last; i++) pull_back<T>(call.batch, call.answer, places, g, i, work);
+}
+
+}  // namespace
+}  // namespace diffopt
+
+// Writes the gradients of instances [begin, end), which must have been solved by one call; returns 0, or -1 if memory
+// ran out.
 DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradients, int64_t threads, int64_t begin,
                                      int64_t end) {
     const Batch& batch = call->batch;
-    const double n = static_cast<double>(batch.n), each = 8 * n * n + 4 * n * static_cast<double>(batch.m) + 200;
-    const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each));
+    const Places places = places_of(batch, call->options, begin, end);
+    const Index group = places.small ? W : 1;
+    const double n = static_cast<double>(batch.n), each = (8 * n * n + 4 * n * static_cast<double>(batch.m) + 200) * static_cast<double>(group);
+    const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each)) * group;
     const Index chunks = (end - begin + per_chunk - 1) / per_chunk;
-    if (each * static_cast<double>(end - begin) < WORTH_WAKING) threads = 1;
+    if (each * static_cast<double>((end - begin) / group) < WORTH_WAKING) threads = 1;
     std::atomic<bool> failed{false};
     Pool::run(chunks, threads, [&](int64_t chunk) {
         try {
             static thread_local PullbackWork work;
             const Index last = std::min<Index>(end, begin + (chunk + 1) * per_chunk);
-            for (Index i = begin + chunk * per_chunk; i < last; i++) {
-                if (batch.single) pull_back<float>(batch, call->answer, *gradients, i, work);
-                else pull_back<double>(batch, call->answer, *gradients, i, work);
+            for (Index i = begin + chunk * per_chunk; i < last;) {
+                const bool lanes = places.grouped(i);
+                const Index next = lanes ? std::min<Index>(i + W, last) : i + 1;
+                if (lanes && batch.single) pull_group<Lanes, float>(*call, places, *gradients, i, next, work);
+                else if (lanes) pull_group<Lanes, double>(*call, places, *gradients, i, next, work);
+                else if (batch.single) pull_group<Alone, float>(*call, places, *gradients, i, next, work);
+                else pull_group<Alone, double>(*call, places, *gradients, i, next, work);
+                i = next;
             }
         } catch (...) {
             failed = true;

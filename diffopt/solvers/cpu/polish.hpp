@@ -8,16 +8,21 @@ namespace diffopt {
 // Prepares the system of the rows marked in active_ (equalities and held rows): M = V_B'V_B, factored.
 // False where these rows depend on each other. Only M is needed for multipliers: x follows from them.
 template <class P> typename P::Flag Dual<P>::hold(bool keep_rows) {
+    Flag enough = none_of(Flag{});
     if constexpr (P::LANES) {
         (void)keep_rows;
         ldb_ = held_ = k.joint;
+        Vec many{};
         for (Index i = 0; i < k.joint; i++) {
             const Vec mine = P::load(active_ + i * P::W);
+            many += mine;
             for (Index j = i; j < k.joint; j++) {
                 const Vec v = P::load(m_->D + (i * k.joint + j) * P::W) * mine * P::load(active_ + j * P::W);
                 P::store(M_ + (i * ldb_ + j) * P::W, i == j ? v + (1.0 - mine) : v);
             }
         }
+        // (More rows than variables depend on each other, whatever rounding has made of their pivots.)
+        enough = none_of(P::any_entry(many > static_cast<double>(k.n)));
     } else {
         list_.clear();
         for (Index i = 0; i < k.joint; i++)
@@ -38,7 +43,7 @@ template <class P> typename P::Flag Dual<P>::hold(bool keep_rows) {
             }
     }
     const auto pivots = cholesky<P>(M_, ldb_, nullptr, M_, ldb_, held_, inv_m_);
-    return pivots.positive & (pivots.smallest >= DEPENDENT);
+    return enough & pivots.positive & (pivots.smallest >= DEPENDENT);
 }
 
 // right (joint) <- the solution y of M y = right over the held rows, zero elsewhere; compact_ holds it too.
@@ -282,8 +287,8 @@ template <class P> void Dual<P>::finish(Flag accepted, int64_t step, const Answe
         if (P::lane(accepted, lane) && first_ + lane < batch_.count) write(lane, step, weak[lane], answer);
     if (!answer.saved) return;
     if (dropped) hold(true);
-    for (int lane = 0; lane < P::S; lane++)
-        if (P::lane(accepted, lane) && first_ + lane < batch_.count) keep(lane, answer);
+    if constexpr (P::LANES) keep_lanes(accepted, answer);
+    else keep(answer);
 }
 
 template <class P>
@@ -323,39 +328,51 @@ template <class P> template <class T> void Dual<P>::write_point(int lane, const 
     }
 }
 
-// Writes what the pullback needs; see saved.hpp.
-template <class P> void Dual<P>::keep(int lane, const Answer& answer) {
-    Saved saved(batch_, answer, first_ + lane);
-    auto entry = [&](const double* v, Index r) { return v[r * P::S + lane]; };
-    std::vector<Index> held;
-    for (Index i = 0; i < k.joint; i++)
-        if (entry(active_, i) != 0) held.push_back(i);
-    const Index count = static_cast<Index>(held.size());
-    saved.start(count, P::lane(m_->cost, lane));
-    for (Index r = 0; r < k.n; r++) saved.d[r] = entry(m_->d, r);
-    for (Index r = 0; r < k.p; r++) saved.eq[r] = entry(m_->eq, r);
-    for (Index r = 0; r < k.m; r++) saved.rows[r] = entry(m_->rows, r);
-    for (Index i = 0; i < count; i++) {
+// Writes what the pullback needs of the accepted problems; see saved.hpp.
+template <class P> void Dual<P>::keep_lanes(Flag accepted, const Answer& answer) {
+    Small<P> record(batch_, answer, first_);
+    const Mask open = P::spread(accepted);
+    auto put = [&](double* to, const double* from, Index size) {
+        for (Index i = 0; i < size * P::S; i += P::W)
+            P::store(to + i, select(open, P::load(from + i), P::load(to + i)));
+    };
+    P::store(record.kind, select(open, P::splat(IN_LANES), P::load(record.kind)));
+    P::store(record.cost, select(open, P::splat(m_->cost), P::load(record.cost)));
+    put(record.d, m_->d, k.n), put(record.eq, m_->eq, k.p), put(record.rows, m_->rows, k.m);
+    put(record.held, active_, k.joint);
+    for (Index j = 0; lower_ != upper_ && j < k.n; j++) {
+        double* at = record.held + (k.pp + k.mp + j) * P::S;
+        const Mask lower = open & P::load_mask(held_rows_ + (lower_ + j) * P::S) & (P::load(at) != 0.0);
+        P::store(at, select(lower, -1.0, P::load(at)));
+    }
+    put(record.inv, m_->inv, k.n), put(record.inv_m, inv_m_, k.joint), put(record.M, M_, k.joint * k.joint);
+    if (kept_ || matrices_shared(batch_)) return;
+    std::memcpy(record.U, m_->U, bytes(k.n * k.n));
+    std::memcpy(record.V, m_->V, bytes(k.n * k.joint));
+    kept_ = true;
+}
+
+template <class P> void Dual<P>::keep(const Answer& answer) {
+    Saved saved(batch_, answer, first_);
+    saved.start(held_, m_->cost);
+    for (Index r = 0; r < k.n; r++) saved.d[r] = m_->d[r];
+    for (Index r = 0; r < k.p; r++) saved.eq[r] = m_->eq[r];
+    for (Index r = 0; r < k.m; r++) saved.rows[r] = m_->rows[r];
+    for (Index i = 0; i < held_; i++) {
         // Held rows by their place in [A; G; I]; a lower bound's is marked by its sign.
-        const Index j = held[i];
+        const Index j = list_[i];
         double place = static_cast<double>(j < k.pp ? j : j < k.pp + k.mp ? k.p + (j - k.pp) : k.p + k.m + (j - k.pp - k.mp));
         if (j >= k.pp + k.mp && lower_ != upper_) {
             const Index row = lower_ + (j - k.pp - k.mp);
-            if (reinterpret_cast<const int64_t*>(held_rows_)[row * P::S + lane] != 0) place = -1 - place;
+            if (reinterpret_cast<const int64_t*>(held_rows_)[row] != 0) place = -1 - place;
         }
         saved.held[i] = place;
     }
-    if (!saved.shared) keep_factor<P>(m_->U, k.np, k.n, lane, saved.U);
-    const Index ld = saved.ld;
-    for (Index r = 0; r < k.n; r++) {
-        double* row = saved.V + r * ld;
-        for (Index i = 0; i < count; i++) row[i] = m_->V[(r * k.joint + held[i]) * P::S + lane];
-        for (Index i = count; i < ld; i++) row[i] = 0;
-    }
-    for (Index r = 0; r < count; r++) {
-        const Index at = P::LANES ? held[r] : r;
-        for (Index i = first_read(r); i < ld; i++)
-            saved.M[r * ld + i] = i < r || i >= count ? 0.0 : M_[(at * ldb_ + (P::LANES ? held[i] : i)) * P::S + lane];
+    if (!saved.shared) keep_factor<P>(m_->U, k.np, k.n, 0, saved.U);
+    std::copy_n(B_, k.n * ldb_, saved.V);
+    for (Index r = 0; r < held_; r++) {
+        const Index from = first_read(r);
+        std::copy_n(M_ + r * ldb_ + from, ldb_ - from, saved.M + r * ldb_ + from);
     }
 }
 

@@ -34,7 +34,7 @@ struct Reassembled {
 
 // Scratch of a thread.
 struct PullbackWork {
-    std::vector<double> x, y, inv;
+    std::vector<double> x, y, inv, lanes;
     std::unique_ptr<Reassembled> general;
     Reassembled& get(const Sizes& sizes) {
         if (!general || !(general->problem.k == sizes)) general.reset(), general = std::make_unique<Reassembled>(sizes);
@@ -86,6 +86,10 @@ template <class T> struct Pull {
         };
         return any_entry(gx, n) || any_entry(gs, m) || any_entry(glam, m) || any_entry(gnu, p) ||
                any_entry(glower, n) || any_entry(gupper, n);
+    }
+    void clear_vectors() const {
+        auto zero = [](T* v, Index size) { if (v) std::fill_n(v, size, T(0)); };
+        zero(db, p), zero(dh, m), zero(dlower, n), zero(dupper, n);
     }
     // The slack of rows that are not active, h - Gx, passes its gradient to dh and, through x, to `rx`. On entry dh
     // holds 1 in the active rows.
@@ -184,14 +188,15 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
 }
 
 // The solve with the system of the active set, assembled and factored anew.
-template <class T> void pull_by_sides(const Pull<T>& g, PullbackWork& work) {
+template <class T> void pull_by_sides(const Pull<T>& g, const Sides& sides, PullbackWork& work) {
     const Index n = g.n, p = g.p, m = g.m;
-    Sides sides(g.batch, g.answer, g.i);
     Reassembled& again = work.get(Sizes(g.batch));
     Scaled& k = again.problem;
     Saddle& saddle = again.saddle;
     k.read<T>(g.batch, g.i);
-    std::copy_n(sides.d, n, k.dx), std::copy_n(sides.eq, p, k.eq), std::copy_n(sides.rows, m, k.row);
+    for (Index j = 0; j < n; j++) k.dx[j] = sides.d[j];
+    for (Index r = 0; r < p; r++) k.eq[r] = sides.eq[r];
+    for (Index r = 0; r < m; r++) k.row[r] = sides.rows[r];
     k.cost = sides.cost();
     k.rescale();
     saddle.set_shift(sides.diagonal());
@@ -231,18 +236,108 @@ template <class T> void pull_by_sides(const Pull<T>& g, PullbackWork& work) {
     }
 }
 
-template <class T>
-void pull_back(const Batch& batch, const Answer& answer, const Gradients& gradients, Index i, PullbackWork& work) {
-    const Pull<T> g(batch, answer, gradients, i);
-    const double kind = answer.saved[i * answer.saved_stride];
-    if (kind == NO_RECORD) return g.fill_all(T(0));
+// What needs no solve: an instance without a record, or without a solution. Returns whether this is one.
+template <class T> bool pull_nothing(const Pull<T>& g, double kind) {
+    if (kind == NO_RECORD) g.fill_all(T(0));
     // What failed passes NaN to whoever asks for its derivative.
-    if (kind == NO_SOLUTION) return g.fill_all(g.asked() ? std::numeric_limits<T>::quiet_NaN() : T(0));
-    auto zero = [](T* v, Index size) { if (v) std::fill_n(v, size, T(0)); };
-    zero(g.dh, g.m), zero(g.dlower, g.n), zero(g.dupper, g.n);
-    if (kind == ONLY_SIDES) pull_by_sides(g, work);
+    if (kind == NO_SOLUTION) g.fill_all(g.asked() ? std::numeric_limits<T>::quiet_NaN() : T(0));
+    return kind == NO_RECORD || kind == NO_SOLUTION;
+}
+
+template <class T>
+void pull_back(const Batch& batch, const Answer& answer, const Places& places, const Gradients& gradients, Index i,
+               PullbackWork& work) {
+    const Pull<T> g(batch, answer, gradients, i);
+    const double kind = *places.at(answer, i);
+    if (pull_nothing(g, kind)) return;
+    g.clear_vectors();
+    if (kind == ONLY_SIDES) pull_by_sides(g, Sides(batch, places.at(answer, i), places.step(i)), work);
     else pull_by_factor(g, work);
     g.write_matrices();
+}
+
+// Small problems [first, last), that were kept side by side.
+template <class P, class T>
+void pull_lanes(const Batch& batch, const Answer& answer, const Places& places, const Gradients& gradients, Index first,
+                Index last, PullbackWork& work) {
+    using Vec = typename P::Vec;
+    const Small<P> record(batch, answer, first);
+    const Index n = record.n, p = record.p, m = record.m, joint = record.joint, S = P::S;
+    const std::size_t size = static_cast<std::size_t>((n + joint) * S);
+    if (work.lanes.size() != size) work.lanes.assign(size, 0.0);
+    double *rx = work.lanes.data(), *ry = rx + n * S;
+    std::fill_n(rx, size, 0.0);
+    bool any_here = false;
+    for (Index i = first; i < last; i++) {
+        if (record.kind[i - first] != IN_LANES) continue;
+        any_here = true;
+        const Pull<T> g(batch, answer, gradients, i);
+        g.clear_vectors();
+        double *x = rx + (i - first), *y = ry + (i - first);
+        const double* held = record.held + (i - first);
+        if (g.gs) {
+            work.fit(n);
+            for (Index r = 0; r < m; r++) g.dh[r] = static_cast<T>(held[(p + r) * S]);
+            std::fill_n(work.x.data(), n, 0.0);
+            g.pass_slack(work.x.data());
+            for (Index j = 0; j < n; j++) x[j * S] = work.x[static_cast<std::size_t>(j)];
+        }
+        if (g.gx)
+            for (Index j = 0; j < n; j++) x[j * S] += static_cast<double>(g.gx[j]);
+        if (g.gnu)
+            for (Index r = 0; r < p; r++) y[r * S] = static_cast<double>(g.gnu[r]);
+        if (g.glam)
+            for (Index r = 0; r < m; r++) y[(p + r) * S] = static_cast<double>(g.glam[r]);
+        for (Index j = 0; (g.glower || g.gupper) && p + m + j < joint; j++) {
+            const double side = held[(p + m + j) * S];
+            const T* from = side < 0 ? g.glower : g.gupper;
+            y[(p + m + j) * S] = from && side != 0 ? side * static_cast<double>(from[j]) : 0.0;
+        }
+    }
+    if (any_here) {
+        const Vec cost = P::load(record.cost);
+        for (Index j = 0; j < n; j++) P::store(rx + j * S, P::load(rx + j * S) * cost * P::load(record.d + j * S));
+        solve_transposed<P>(record.U, n, record.inv, n, rx);
+        // ry = V'rx minus the right-hand side, over the held rows
+        for (Index r = 0; r < joint; r++) {
+            const Vec y = P::load(ry + r * S);
+            const Vec unit = r < p ? P::load(record.eq + r * S) : r < p + m ? P::load(record.rows + (r - p) * S)
+                                                                : 1.0 / P::load(record.d + (r - p - m) * S);
+            P::store(ry + r * S, -y * unit);
+        }
+        add_transposed<P>(record.V, joint, n, rx, 1, ry, 0, joint);
+        for (Index r = 0; r < joint; r++)
+            P::store(ry + r * S, select(P::load(record.held + r * S) != 0.0, P::load(ry + r * S), P::splat(0.0)));
+        solve_both<P>(record.M, joint, record.inv_m, joint, ry);
+        add_product<P>(record.V, joint, n, ry, -1, rx, 0, joint);
+        solve<P>(record.U, n, record.inv, n, rx);
+        for (Index j = 0; j < n; j++) P::store(rx + j * S, -P::load(rx + j * S) * P::load(record.d + j * S));
+        for (Index r = 0; r < joint; r++) {
+            const Vec unit = r < p ? P::load(record.eq + r * S) : r < p + m ? P::load(record.rows + (r - p) * S)
+                                                                : 1.0 / P::load(record.d + (r - p - m) * S);
+            P::store(ry + r * S, P::load(ry + r * S) * unit / cost);
+        }
+    }
+    for (Index i = first; i < last; i++) {
+        const Index lane = i - first;
+        const Pull<T> g(batch, answer, gradients, i);
+        const double kind = record.kind[lane];
+        if (pull_nothing(g, kind)) continue;
+        if (kind == ONLY_SIDES) {
+            pull_back<T>(batch, answer, places, gradients, i, work);
+            continue;
+        }
+        const double *x = rx + lane, *y = ry + lane, *held = record.held + lane;
+        for (Index j = 0; j < n; j++) g.dq[j] = static_cast<T>(x[j * S]);
+        for (Index r = 0; r < p; r++) g.db[r] = static_cast<T>(y[r * S]);
+        for (Index r = 0; r < m; r++)
+            if (held[(p + r) * S] != 0) g.dh[r] = static_cast<T>(y[(p + r) * S]);
+        for (Index r = p + m; (g.dlower || g.dupper) && r < joint; r++) {
+            T* side = held[r * S] < 0 ? g.dlower : g.dupper;
+            if (side && held[r * S] != 0) side[r - p - m] = static_cast<T>(y[r * S]);
+        }
+        g.write_matrices();
+    }
 }
 
 }  // namespace diffopt

@@ -65,24 +65,74 @@ template <class P> void keep_factor(const double* U, Index ld, Index n, int lane
             target[r * ldu + c] = c >= r && c < n ? U[(r * ld + c) * P::S + lane] : 0.0;
 }
 
+// Where the record of an instance lies. Small problems are kept as they were solved, W of them side by side, so that the
+// pullback runs in lanes too; those that were solved alone, and large ones, have theirs in one piece.
+struct Places {
+    bool small;
+    Index begin, alone;  // small: instances [begin, alone) lie in groups of W
+    bool grouped(Index i) const { return small && i < alone; }
+    Index first(Index i) const { return grouped(i) ? begin + (i - begin) / W * W : i; }
+    Index step(Index i) const { return grouped(i) ? W : 1; }
+    double* at(const Answer& answer, Index i) const {
+        return answer.saved + first(i) * answer.saved_stride + (i - first(i));
+    }
+};
+
+// The record of P::S small problems, in their lanes: kind (1 where it holds), cost; scaling d, eq, rows; for each joint
+// direction whether it is held (-1: at a lower bound); 1/diagonal of U and of M; M; and, unless shared, U and V.
+template <class P> struct Small {
+    double *kind, *cost, *d, *eq, *rows, *held, *inv, *inv_m, *M, *U, *V;
+    Index n, p, m, joint;
+
+    Small(const Batch& batch, const Answer& answer, Index first)
+        : n(batch.n), p(batch.p), m(batch.m), joint(batch.p + batch.m + batch.bounds()) {
+        double* next = answer.saved + first * answer.saved_stride;
+        auto take = [&](Index count) {
+            double* here = next;
+            next += count * P::S;
+            return here;
+        };
+        kind = take(1), cost = take(1), d = take(n), eq = take(p), rows = take(m), held = take(joint);
+        inv = take(n), inv_m = take(joint), M = take(joint * joint);
+        if (matrices_shared(batch)) {
+            // W - 1 records of room for a last group that is not full; then what is shared, in lanes and alone.
+            next = answer.saved_shared + (W - 1) * answer.saved_stride;
+            if (P::S == 1) next += W * both(batch);
+        }
+        U = take(n * n), V = take(n * joint);
+    }
+    static Index both(const Batch& b) { return b.n * b.n + b.n * (b.p + b.m + b.bounds()); }
+    static Index size(const Batch& b) {
+        const Index n = b.n, joint = b.p + b.m + b.bounds();
+        return 2 + 2 * n + b.p + b.m + 2 * joint + joint * joint + (matrices_shared(b) ? 0 : both(b));
+    }
+    static Index shared_size(const Batch& b) { return matrices_shared(b) ? (W + 1) * both(b) : 0; }
+};
+
+constexpr double IN_LANES = 1;  // the kind of a record that holds
+
 // Where a variable stands.
 constexpr double FREE = 0, AT_LOWER = 1, AT_UPPER = 2, FIXED_DOWN = 3, FIXED_UP = 4;
 
 // The record of an instance that was solved by the general method: ONLY_SIDES, cost, whether its Hessian was eliminated
 // first; scaling d, eq, rows; for each row of G whether it is active; for each variable where it stands.
 struct Sides {
-    double *head, *d, *eq, *rows, *row, *bound;
+    // Numbers of which only every step-th is ours.
+    struct Spaced {
+        double* base;
+        Index step;
+        double& operator[](Index i) const { return base[i * step]; }
+    };
+    Spaced head, d, eq, rows, row, bound;
 
-    Sides(const Batch& batch, const Answer& answer, Index instance) {
-        head = answer.saved + instance * answer.saved_stride;
-        d = head + 3;
-        eq = d + batch.n;
-        rows = eq + batch.p;
-        row = rows + batch.m;
-        bound = row + batch.m;
+    Sides(const Batch& batch, double* base, Index step) {
+        auto at = [&](Index i) { return Spaced{base + i * step, step}; };
+        const Index n = batch.n, p = batch.p, m = batch.m;
+        head = at(0), d = at(3), eq = at(3 + n), rows = at(3 + n + p), row = at(3 + n + p + m);
+        bound = at(3 + n + p + 2 * m);
     }
     static Index size(const Batch& batch) { return 3 + 2 * batch.n + batch.p + 2 * batch.m; }
-    void start(double cost, bool diagonal) { head[0] = ONLY_SIDES, head[1] = cost, head[2] = diagonal; }
+    void start(double cost, bool diagonal) const { head[0] = ONLY_SIDES, head[1] = cost, head[2] = diagonal; }
     double cost() const { return head[1]; }
     bool diagonal() const { return head[2] != 0; }
 };

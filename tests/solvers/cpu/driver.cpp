@@ -52,7 +52,7 @@ template <class T> struct Work {
     std::vector<T> x, s, lam, nu, low, up;
     std::vector<int8_t> status;
     std::vector<int64_t> iterations, weak, dependent;
-    std::vector<double> residuals, saved, shared;
+    std::vector<double> residuals, saved;
     std::vector<T> gx, gs, glam, gnu, glow, gup;                // incoming
     std::vector<T> dQ, dF, dq, dA, db, dG, dh, dlow, dup;           // outgoing
     Call call{};
@@ -164,11 +164,10 @@ template <class T> struct Work {
         const bool wide = sizeof(T) == 8;
         call.options = {wide ? 1e-9 : 1e-8, wide ? 1e-7 : 1e-3, 1e-6, 60, sizes.reduction, sizes.polish, keep, threads, 32};
         const int64_t size = keep ? diffopt_saved_size(&call, 0) : 0, once = keep ? diffopt_saved_size(&call, 1) : 0;
-        saved.assign(size * count, NOTHING);
-        shared.assign(once, NOTHING);
+        saved.assign(size * count + once, NOTHING);  // (what is kept once comes right behind)
         call.answer = {x.data(), s.data(), lam.data(), nu.data(), low.data(), up.data(),
                        status.data(), iterations.data(), weak.data(), dependent.data(), residuals.data(),
-                       keep ? saved.data() : nullptr, once ? shared.data() : nullptr, size};
+                       keep ? saved.data() : nullptr, once ? saved.data() + size * count : nullptr, size};
         const int64_t counted = (int64_t{1} << 40) - 1;
         missing = diffopt_solve(&call, 0, split ? split : count) & counted;
         if (split && split < count) missing += diffopt_solve(&call, split, count) & counted;
