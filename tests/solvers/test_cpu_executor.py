@@ -523,6 +523,21 @@ def test_nearly_repeated_rows_count_as_dependent_where_torch_says_so(size: str, 
     assert measures.relative(ours.x, theirs.x) <= X_REFERENCE
 
 
+def test_more_active_rows_than_variables_depend_on_each_other() -> None:
+    """The dual of a support vector machine: all bounds and the equality hold at once, and Q is nearly singular."""
+    n, generator = 16, torch.Generator().manual_seed(9)
+    y = torch.ones(n, dtype=f64)
+    y[::2] = -1
+    points = torch.randn(n, 2, generator=generator, dtype=f64) + 0.7 * y.unsqueeze(-1)
+    distance = (points.unsqueeze(1) - points).square().sum(-1)
+    q = torch.full((n,), -1.0, dtype=f64, requires_grad=True)
+    data: dict[str, Any] = {"Q": torch.outer(y, y) * (-0.018 * distance).exp(), "A": y.unsqueeze(0), "b": 0.0}
+    for count in (1, 8):  # alone, and in lanes
+        solution = diffopt.solve_qp(q=q.expand(count, n), lower=0.0, upper=0.1353, **data)
+        assert bool((solution.dependent == 1).all()) and bool((solution.x == 0.1353).all())
+        assert not torch.autograd.grad(solution.x.sum(), q)[0].any()
+
+
 @pytest.mark.parametrize("bounds", [None, "lower", "upper", "both", "mixed"])
 @pytest.mark.parametrize("size", SIZES)
 def test_kinks_follow_the_rule(size: str, bounds: known.Bounds) -> None:
