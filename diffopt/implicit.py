@@ -522,7 +522,8 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         op: _Bound = ctx.op
-        data, u = ctx.saved_tensors[: ctx.count], Blocks(*ctx.saved_tensors[ctx.count :])
+        saved = ctx.saved_tensors  # once: checkpointing gives each tensor a single time
+        data, u = saved[: ctx.count], Blocks(*saved[ctx.count :])
         y = Blocks(*_Solve.apply(op, False, not ctx.transpose, *grads, *data))
         if ctx.zero and not torch.is_grad_enabled():
             # A step that is zero has a first derivative that does not see K's own change.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from diffopt.precision import full_precision, lowered
 
 
 class Status(IntEnum):
@@ -112,8 +115,13 @@ class Solution:
     def value(self) -> Tensor:
         """The optimal value, ``(*batch,)``; see the class."""
         if not isinstance(self._value, Tensor):
-            object.__setattr__(self, "_value", self._value())
+            with full_precision() if lowered() else nullcontext():
+                object.__setattr__(self, "_value", self._value())
         return self._value  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what travels to a file or another process: the value itself, not what would compute it."""
+        return vars(self) | {"_value": self.value}
 
     @property
     def residuals(self) -> Residuals:
