@@ -12,6 +12,7 @@ order 2^k - 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import kkt
-from diffopt.errors import MAPPED_DATA, NotDifferentiableError
+from diffopt.errors import MAPPED_DATA, ChangedDataError, NotDifferentiableError
 from diffopt.linalg.central import central_ratio
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
@@ -87,7 +88,7 @@ def attach(form: Form, prepared: Prepared) -> Solution:
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=value,
+        _value=_unless_changed(form, point, value),
     )
 
 
@@ -134,7 +135,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=value,
+        _value=_unless_changed(form, point, value),
     )
 
 
@@ -336,6 +337,35 @@ def _only_derivative(v: Tensor) -> Tensor:
     """Return zeros that carry the derivative of v; where v is infinite it has none. (NaN stays NaN: it
     belongs to a failed instance, whose derivative must not vanish unseen.)"""
     return torch.where(torch.isinf(v), 0.0, v - v.detach())
+
+
+def _unless_changed(form: Form, point: kkt.Point, value: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return ``value``, with an error where data or point were changed in place between now and the call."""
+    named = form.tensors() | point._asdict()
+    try:
+        before = [tensor._version for tensor in named.values()]
+    except RuntimeError:  # tensors of inference mode do not count their changes
+        return value
+
+    def checked() -> Tensor:
+        for (name, tensor), version in zip(named.items(), before, strict=True):
+            freed = _is_freed(tensor)
+            if tensor._version != version or freed:
+                raise ChangedDataError(
+                    f"`{name}` was {'freed' if freed else 'changed in place'} after the solve and before "
+                    f"`Solution.value` was first read, which is computed then. Read `value` right after the solve"
+                    f"{', or let FSDP shard the module around the layer and not the layer itself' if freed else ''}."
+                )
+        return value()
+
+    return checked
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    try:
+        return tensor.untyped_storage().nbytes() == 0 < tensor.numel()
+    except RuntimeError:  # a tensor inside a transform of torch.func has no storage of its own
+        return False
 
 
 def _value(form: Form, point: kkt.Point, values: kkt.Point, safe: kkt.Point, failed: Tensor, attached: bool) -> Tensor:

@@ -77,8 +77,8 @@ class Solution:
         nu: ``(*batch, p)``, free: dvalue/db = -nu.
         lam_lower, lam_upper: ``(*batch, n)``, >= 0 (zeros where there is no bound):
             dvalue/dlower = lam_lower, dvalue/dupper = -lam_upper.
-        value: ``(*batch,)``, the optimal value, computed on access. Its derivative is the partial
-            derivative of the Lagrangian (the envelope theorem).
+        value: ``(*batch,)``, the optimal value, computed on access (`ChangedDataError` if data was changed in
+            place before). Its derivative is the partial derivative of the Lagrangian (the envelope theorem).
         status: ``(*batch,)`` int8, a `Status` per instance.
         ok: ``(*batch,)`` bool, True where the status is SOLVED or ALMOST_SOLVED.
         residuals: `Residuals`, recomputed from the original data.
