@@ -383,9 +383,8 @@ def test_workers_that_are_forked_solve(make: Make) -> None:
     assert torch.equal(x, collected(layer, q))
 
 
-@pytest.mark.parametrize("executor", ["torch", "cpu"])
-def test_workers_that_start_afresh_solve(executor: str) -> None:
-    layer = Layer(QPStructure(N, q=given(), Q=torch.eye(N), lower=0.0), settings=Settings(executor=executor))
+def test_workers_that_start_afresh_solve() -> None:
+    layer = Layer(QPStructure(N, q=given(), Q=torch.eye(N), lower=0.0))
     q = torch.randn(4, N)
     x = collected(layer, q, num_workers=1, multiprocessing_context="spawn")
     assert torch.equal(x, collected(layer, q)) and torch.allclose(x, (-q).clamp_min(0))
