@@ -1,6 +1,7 @@
 """The distributed example: two processes train what one trains, with whole weights and with sharded ones."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("options", [[], ["--shard"]], ids=["whole", "sharded"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param([], id="whole"), pytest.param(["--shard"], id="sharded", marks=pytest.mark.slow)],
+)
 def test_two_processes_train_what_one_trains(alone, options, tmp_path):
     printed = torchrun(SCRIPT, "--epochs", "2", "--save", tmp_path / "weights.pt", *options)
     together = torch.load(tmp_path / "weights.pt", weights_only=True)
@@ -41,6 +45,18 @@ def test_two_processes_train_what_one_trains(alone, options, tmp_path):
         assert torch.allclose(together[name], weight, rtol=0, atol=EXACT_ALGEBRA), name
     assert (together["plan.L"] - torch.eye(distributed.GOODS)).abs().max() > 0.1  # it has learned something
     assert [line[:8] for line in printed.splitlines()] == ["epoch  1", "epoch  2"]  # one process speaks
+
+
+def test_one_process_may_shard_too(alone, monkeypatch, tmp_path):
+    # What torchrun says to a process; here to this one.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    distributed.main(["--epochs", "2", "--shard", "--save", str(tmp_path / "weights.pt")])
+    for name, weight in torch.load(tmp_path / "weights.pt", weights_only=True).items():
+        assert torch.allclose(weight, alone[name], rtol=0, atol=EXACT_ALGEBRA), name
 
 
 def test_the_saved_weights_are_those_of_the_model(alone):
