@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import diffopt
 import measures
-from diffopt import Layer, ParameterError, QPStructure, Settings, SolveFailed, fixed, given, learned
+from diffopt import Layer, ParameterError, QPStructure, Settings, SolveFailed, fixed, given, learned, precision
 from tolerances import GRADIENT, SOLUTION
 
 N = 4
@@ -351,6 +351,14 @@ def test_autocast_of_functions_and_structured_matrices() -> None:
     assert torch.equal(low.x, full.x) and torch.equal(pair, full.x) and low.x.dtype == torch.float32
     assert torch.equal(low.value, full.value)
     assert torch.equal(own.x, diffopt.solve(problem, {"y": wide[2][:, :2]}).x)
+
+
+def test_autocast_is_seen_without_the_question_that_torch_keeps_to_itself() -> None:
+    assert not precision._lowered() and not precision.lowered()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert precision._lowered() and precision.lowered()
+        with precision.full_precision():
+            assert not precision._lowered() and not precision.lowered()
 
 
 # ------------------------------------------------------------------------------ workers of a DataLoader
