@@ -378,11 +378,16 @@ class Solved(Dataset[Tensor]):
             return self.layer(q=self.q[index])
 
 
+# Python warns of any fork beside other threads since 3.12; that solves survive one is what is tested.
+forked = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
 def collected(layer: Layer, q: Tensor, **options: Any) -> Tensor:
     loader = DataLoader(Solved(layer, q), batch_size=2, **options)
     return torch.cat(list(loader))
 
 
+@forked
 def test_workers_that_are_forked_solve(make: Make) -> None:
     layer = make()
     q = costs(layer)
@@ -398,6 +403,7 @@ def test_workers_that_start_afresh_solve() -> None:
     assert torch.equal(x, collected(layer, q)) and torch.allclose(x, (-q).clamp_min(0))
 
 
+@forked
 def test_a_failure_in_a_worker_arrives_as_what_it_is() -> None:
     layer = Layer(QPStructure(1, Q=torch.eye(1), q=given(), lower=1.0, upper=0.0))
     with pytest.raises(SolveFailed, match="Caught SolveFailed in DataLoader worker(.*\n)*.*PRIMAL_INFEASIBLE"):
