@@ -55,6 +55,10 @@ MAPPED_DATA = (
 )
 
 
+class ChangedDataError(DiffoptError, RuntimeError):
+    """Data was changed in place after the solve, and before what is computed from it on access was read."""
+
+
 class SolveFailed(DiffoptError, RuntimeError):
     """At least one instance of a batch was not solved.
 

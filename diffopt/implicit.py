@@ -12,6 +12,7 @@ order 2^k - 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import kkt
-from diffopt.errors import MAPPED_DATA, NotDifferentiableError
+from diffopt.errors import MAPPED_DATA, ChangedDataError, NotDifferentiableError
 from diffopt.linalg.central import central_ratio
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
@@ -87,7 +88,7 @@ def attach(form: Form, prepared: Prepared) -> Solution:
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=value,
+        _value=_unless_changed(form, point, value),
     )
 
 
@@ -134,7 +135,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=value,
+        _value=_unless_changed(form, point, value),
     )
 
 
@@ -338,6 +339,35 @@ def _only_derivative(v: Tensor) -> Tensor:
     return torch.where(torch.isinf(v), 0.0, v - v.detach())
 
 
+def _unless_changed(form: Form, point: kkt.Point, value: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return ``value``, with an error where data or point were changed in place between now and the call."""
+    named = form.tensors() | point._asdict()
+    try:
+        before = [tensor._version for tensor in named.values()]
+    except RuntimeError:  # tensors of inference mode do not count their changes
+        return value
+
+    def checked() -> Tensor:
+        for (name, tensor), version in zip(named.items(), before, strict=True):
+            freed = _is_freed(tensor)
+            if tensor._version != version or freed:
+                raise ChangedDataError(
+                    f"`{name}` was {'freed' if freed else 'changed in place'} after the solve and before "
+                    f"`Solution.value` was first read, which is computed then. Read `value` right after the solve"
+                    f"{', or let FSDP shard the module around the layer and not the layer itself' if freed else ''}."
+                )
+        return value()
+
+    return checked
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    try:
+        return tensor.untyped_storage().nbytes() == 0 < tensor.numel()
+    except RuntimeError:  # a tensor inside a transform of torch.func has no storage of its own
+        return False
+
+
 def _value(form: Form, point: kkt.Point, values: kkt.Point, safe: kkt.Point, failed: Tensor, attached: bool) -> Tensor:
     """Return the optimal value. Its derivative is that of the Lagrangian, whose slope in x, lam, nu is 0."""
     objective = form.detach().objective(values.x)
@@ -522,7 +552,8 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         op: _Bound = ctx.op
-        data, u = ctx.saved_tensors[: ctx.count], Blocks(*ctx.saved_tensors[ctx.count :])
+        saved = ctx.saved_tensors  # once: checkpointing gives each tensor a single time
+        data, u = saved[: ctx.count], Blocks(*saved[ctx.count :])
         y = Blocks(*_Solve.apply(op, False, not ctx.transpose, *grads, *data))
         if ctx.zero and not torch.is_grad_enabled():
             # A step that is zero has a first derivative that does not see K's own change.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from diffopt.errors import (
     SolveFailed,
 )
 from diffopt.linalg.matrices import SymmetricMatrix
+from diffopt.precision import full_precision, lowered, raised
 from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import REMEDIES, Solution, Status
@@ -35,7 +37,8 @@ class Layer(nn.Module):
     """An optimization problem as a module: parameters in, solution out, gradients to everything.
 
     Learned values of the problem become ``nn.Parameter``, fixed ones buffers, as copies: two
-    layers of one problem share nothing. The others are given at each call, by name.
+    layers of one problem share nothing. The others are given at each call, by name or in the order of
+    ``problem.given_names()`` (so a layer that takes one tensor fits into ``nn.Sequential``).
 
     Args:
         problem: a `DifferentiableProblem`.
@@ -81,14 +84,17 @@ class Layer(nn.Module):
             if kept:
                 self._parts[name] = tuple(kept)
 
-    def forward(self, **given: Any) -> Tensor:
+    def forward(self, *ordered: Any, **given: Any) -> Tensor:
         """Return the minimiser x, ``(*batch, n)``. Arguments, errors, derivatives as in `solve`."""
-        return self.solve(**given).x
+        return self.solve(*ordered, **given).x
 
-    def solve(self, **given: Any) -> Solution:
+    def solve(self, *ordered: Any, **given: Any) -> Solution:
         """Solve for the given parameter values and return the whole `Solution`.
 
+        Inside a region of ``torch.autocast`` half-precision values are cast up, and the solve leaves the region.
+
         Args:
+            ordered: the first of the parameters below, in the order of ``problem.given_names()``.
             given: the parameters that the problem does not declare learned or fixed, by name;
                 batch dimensions lead and broadcast, a tensor without them is shared.
 
@@ -100,9 +106,32 @@ class Layer(nn.Module):
         Differentiable in:
             every given and learned tensor.
         """
+        values = self._named(ordered, given) if ordered else given
+        if lowered():
+            with full_precision():
+                return self._solve(raised(values, chain(self.parameters(), self.buffers())))
+        return self._solve(values)
+
+    def _solve(self, given: Mapping[str, Any]) -> Solution:
         own = {name: self._own(parts) for name, parts in self._parts.items()}
         params = self.problem.collect(given, own)
         return _solve_form(self.problem.standard_form(params), self.backend, self.settings, self.on_failure)
+
+    def _named(self, ordered: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+        """Return all values by name."""
+        names = self.problem.given_names()
+        listing = ", ".join(f"`{name}`" for name in names) or "none"
+        if len(ordered) > len(names):
+            raise ParameterError(
+                f"{type(self.problem).__name__} got {len(ordered)} values without a name. A call gives "
+                f"{len(names)} ({listing}); the others are declared learned, fixed or absent."
+            )
+        for name in names[: len(ordered)]:
+            if name in given:
+                raise ParameterError(
+                    f"`{name}` was given twice, by its place and by its name. The order is {listing}. Give it once."
+                )
+        return dict(zip(names, ordered, strict=False)) | given
 
     def _own(self, parts: tuple[str | float, ...]) -> Any:
         values = tuple(getattr(self, part) if isinstance(part, str) else part for part in parts)
@@ -130,8 +159,14 @@ def solve(
 
     Returns, raises, differentiable in: as `Layer.solve`.
     """
-    form = problem.standard_form(problem.collect(params or {}))
-    return _solve_form(form, _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure))
+    solver, chosen, policy = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    params = params or {}
+    if lowered():
+        own = (part for declared in problem.declared.values() for part in declared.parts if isinstance(part, Tensor))
+        with full_precision():
+            form = problem.standard_form(problem.collect(raised(params, own)))
+            return _solve_form(form, solver, chosen, policy)
+    return _solve_form(problem.standard_form(problem.collect(params)), solver, chosen, policy)
 
 
 def solve_qp(
@@ -169,8 +204,12 @@ def solve_qp(
     References:
         Amos and Kolter (2017), "OptNet", equations 6 to 8 (dG there has a factor D(lam) too many).
     """
-    form = QPForm(Q, q, A, b, G, h, lower, upper)
-    return _solve_form(form, _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure))
+    solver, chosen, policy = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    if lowered():
+        data = {"Q": Q, "q": q, "A": A, "b": b, "G": G, "h": h, "lower": lower, "upper": upper}
+        with full_precision():
+            return _solve_form(QPForm(**raised(data)), solver, chosen, policy)
+    return _solve_form(QPForm(Q, q, A, b, G, h, lower, upper), solver, chosen, policy)
 
 
 def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from diffopt.precision import full_precision, lowered
 
 
 class Status(IntEnum):
@@ -77,8 +80,8 @@ class Solution:
         nu: ``(*batch, p)``, free: dvalue/db = -nu.
         lam_lower, lam_upper: ``(*batch, n)``, >= 0 (zeros where there is no bound):
             dvalue/dlower = lam_lower, dvalue/dupper = -lam_upper.
-        value: ``(*batch,)``, the optimal value, computed on access. Its derivative is the partial
-            derivative of the Lagrangian (the envelope theorem).
+        value: ``(*batch,)``, the optimal value, computed on access (`ChangedDataError` if data was changed in
+            place before). Its derivative is the partial derivative of the Lagrangian (the envelope theorem).
         status: ``(*batch,)`` int8, a `Status` per instance.
         ok: ``(*batch,)`` bool, True where the status is SOLVED or ALMOST_SOLVED.
         residuals: `Residuals`, recomputed from the original data.
@@ -115,8 +118,13 @@ class Solution:
     def value(self) -> Tensor:
         """The optimal value, ``(*batch,)``; see the class."""
         if not isinstance(self._value, Tensor):
-            object.__setattr__(self, "_value", self._value())
+            with full_precision() if lowered() else nullcontext():
+                object.__setattr__(self, "_value", self._value())
         return self._value  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what travels to a file or another process: the value itself, not what would compute it."""
+        return vars(self) | {"_value": self.value}
 
     @property
     def residuals(self) -> Residuals:

@@ -39,7 +39,8 @@ FAULTS = [
           "graded = torch.full_like(status, Status.SOLVED)", "test_layer.py test_contract.py"),
     Fault("sign of the equality dual", "solvers/pdipm.py", "eq * state.nu / cost", "-eq * state.nu / cost", "laws/test_envelope.py"),
     Fault("sign of a bound's dual", "kkt.py", "((form.lower, point.lam_lower, -1)", "((form.lower, point.lam_lower, 1)", "test_kkt.py"),
-    Fault("dQ not symmetric", "problems/forms.py", "Dense(0.5 * (Q + Q.mT))", "Dense(Q)", "problems/test_forms.py"),
+    Fault("dQ not symmetric", "linalg/matrices.py", "self._entries = 0.5 * (self.given + self.given.mT)", "self._entries = self.given",
+          "problems/test_forms.py"),
     Fault("failed instances get a finite gradient", "implicit.py", "spoiled = ((self.failed & asked) | poisoned)",
           "spoiled = (poisoned & poisoned)", "test_implicit.py"),
     Fault("only the active rows of a failed instance", "implicit.py", "row=active.row | bad", "row=active.row & ~bad", "test_implicit.py"),
@@ -67,6 +68,10 @@ FAULTS = [
           "test_implicit.py"),
     Fault("auto takes the lowest priority", "backends/registry.py", "key=lambda name: -_all()", "key=lambda name: _all()", "test_solution.py"),
     Fault("given values may replace learned ones", "problems/base.py", 'if kind != "given":', 'if kind == "none":', "test_layer.py"),
+    Fault("saved tensors read twice", "implicit.py", "saved = ctx.saved_tensors  # once", "saved = ctx.saved_tensors and ctx.saved_tensors  # once",
+          "test_training.py"),
+    Fault("autocast reaches the solve", "layer.py", "with full_precision():", "if True:", "test_modules.py"),
+    Fault("value from changed data", "implicit.py", "if tensor._version != version or freed:", "if False:", "test_solution.py"),
 ]  # fmt: skip
 
 

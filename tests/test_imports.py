@@ -8,7 +8,7 @@ import pytest
 import diffopt
 
 ROOT = Path(diffopt.__file__).parent
-GROUND = {"errors", "shapes", "solution", "cones", "linalg", "_version"}
+GROUND = {"errors", "shapes", "precision", "solution", "cones", "linalg", "_version"}
 ALLOWED = {
     "problems": GROUND | {"problems"},
     "solvers": GROUND | {"solvers"},

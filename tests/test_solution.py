@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch.utils import _pytree as pytree
 
 import diffopt
+from diffopt import Settings
 from diffopt.solution import REMEDIES, Residuals, Status, status_counts
 
 
@@ -45,3 +47,34 @@ def test_words():
     assert set(REMEDIES) == set(Status) - {Status.SOLVED, Status.ALMOST_SOLVED}
     assert status_counts(torch.tensor([1, 1, 4])) == "SOLVED: 2, PRIMAL_INFEASIBLE: 1"
     assert Residuals(torch.tensor(1.0), torch.tensor(3.0), torch.tensor(2.0)).worst() == 3
+
+
+@pytest.mark.parametrize("executor", ["torch", "cpu"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_value_is_never_computed_from_changed_data(executor, grad):
+    def fresh():
+        Q, q = torch.eye(2, dtype=torch.float64), torch.tensor([-1.0, 2.0], dtype=torch.float64)
+        return Q, q, diffopt.solve_qp(Q.requires_grad_(grad), q, lower=0.0, settings=Settings(executor=executor))
+
+    Q, q, solution = fresh()
+    with torch.no_grad():
+        Q.mul_(2)  # as an optimizer does
+    with pytest.raises(diffopt.ChangedDataError, match="`Q` was changed in place after the solve.*Read `value` right"):
+        _ = solution.value
+    Q, q, solution = fresh()
+    q.add_(1)
+    with pytest.raises(diffopt.ChangedDataError, match="`q` was changed"):
+        _ = solution.value
+    Q, q, solution = fresh()
+    with torch.no_grad():
+        solution.x.add_(1)
+    with pytest.raises(diffopt.ChangedDataError, match="`x` was changed"):
+        _ = solution.value
+    Q, q, solution = fresh()
+    first = solution.value
+    q.add_(1)
+    assert solution.value is first and float(first.detach()) == -0.5
+    Q, q, solution = fresh()
+    q.untyped_storage().resize_(0)
+    with pytest.raises(diffopt.ChangedDataError, match="`q` was freed .*let FSDP shard the module around the layer"):
+        _ = solution.value

@@ -15,6 +15,7 @@ from diffopt.linalg.matrices import Diagonal, DiagonalPlusLowRank, SymmetricMatr
 from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Derivatives, QPForm, bound, require_tensor
 from diffopt.problems.structure import FORMS, Declared, declare
+from diffopt.shapes import SUPPORTED_DTYPES, check_same_kind
 
 
 class QuadraticProgram(DifferentiableProblem):
@@ -42,7 +43,13 @@ class QuadraticProgram(DifferentiableProblem):
         return tuple(inspect.signature(self.form).parameters)
 
     def standard_form(self, params: Params) -> QPForm:
-        form = self.form(**params)
+        try:
+            form = self.form(**params)
+        except RuntimeError:
+            # Where parameters of two devices or dtypes meet in what a user wrote, torch does not know their names.
+            tensors = {name: v for name, v in params.items() if isinstance(v, Tensor) and v.dtype in SUPPORTED_DTYPES}
+            check_same_kind(tensors)
+            raise
         if not isinstance(form, QPForm):
             raise ParameterError(
                 f"{type(self).__name__}.form returned {type(form).__name__}. Expected a diffopt.QPForm."

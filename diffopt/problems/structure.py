@@ -34,6 +34,11 @@ class Declared:
         if self.form not in FORMS:
             raise ParameterError(f"Unknown matrix form {self.form!r}. Expected one of {', '.join(map(repr, FORMS))}.")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Declared:
+        # Values alone, as a layer takes them: torch refuses to copy a tensor that was computed from others.
+        parts = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in self.parts)
+        return Declared(self.kind, self.form, parts)
+
     def part_names(self, name: str) -> tuple[str, ...]:
         """Return the names under which a layer registers the parts."""
         if self.form == "diagonal_plus_low_rank":
