@@ -10,7 +10,9 @@ order of the structures in ``cpu/batch.hpp``, which is cheaper to write than cty
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
+import sys
 from collections.abc import Callable
 
 import torch
@@ -56,6 +58,40 @@ def _take(size: int) -> Tensor:
 def _give_back(records: Tensor, spare: list[Tensor] = _spare) -> None:
     if len(spare) == 0 and 8 * records.numel() <= 2**28:
         spare.append(records)
+
+
+LARGE = 2**25
+"""Bytes from which the C library gives every new tensor new memory, which the system clears page by page."""
+
+_lent: list[torch.UntypedStorage] = []
+"""Memory of large gradients (up to 256 MiB), which serves again when nobody but this list refers to it."""
+
+_references: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _new_gradient(like: Tensor, *shape: int) -> Tensor:
+    """Return a new tensor; a large one may get the memory of one that is gone."""
+    count = math.prod(shape)
+    size = count * like.element_size()
+    if size < LARGE or _references is None:
+        return like.new_empty(shape)
+    found = None
+    for _ in range(len(_lent)):
+        try:
+            storage = _lent.pop(0)  # (out of the list first: no other thread can take it then)
+        except IndexError:
+            break
+        free = _references(storage._cdata) == 1 and sys.getrefcount(storage) == 2  # (this variable, and the call)
+        if found is None and free and size <= storage.nbytes() <= 2 * size:
+            found = storage
+        else:
+            _lent.append(storage)
+    if found is None:
+        found = torch.UntypedStorage(size)
+    gradient = like.new_empty(0).set_(found, 0, torch.Size(shape))  # type: ignore[call-overload]
+    if sum(storage.nbytes() for storage in _lent) + found.nbytes() <= 2**28:
+        _lent.append(found)
+    return gradient
 
 
 class Saved:
@@ -159,10 +195,10 @@ class CpuExecutor(Executor):
         dlower = like.new_empty(*batch, n) if lower_needed else None
         dupper = like.new_empty(*batch, n) if upper_needed else None
         dense = layout.hessian == 0
-        dQ = like.new_empty(*batch, n, *([n] * dense)) if Q_needed and not (Q_shared and dense) else None
-        dF = like.new_empty(*batch, n, layout.rank) if any(factor_needed) else None
-        dA = like.new_empty(*batch, p, n) if A_needed and not A_shared else None
-        dG = like.new_empty(*batch, m, n) if G_needed and not G_shared else None
+        dQ = _new_gradient(like, *batch, n, *([n] * dense)) if Q_needed and not (Q_shared and dense) else None
+        dF = _new_gradient(like, *batch, n, layout.rank) if any(factor_needed) else None
+        dA = _new_gradient(like, *batch, p, n) if A_needed and not A_shared else None
+        dG = _new_gradient(like, *batch, m, n) if G_needed and not G_shared else None
         packed = _GRADIENTS.pack(*map(_pointer, (*incoming, dQ, dq, dA, db, dG, dh, dlower, dupper, dF)))
         for begin, end in layout.slices:
             self._checked(self._pullback(saved.call, packed, torch.get_num_threads(), begin, end))

@@ -1056,3 +1056,32 @@ def test_records_are_not_reused_while_a_graph_needs_them() -> None:
         other.x.sum().backward()
         del other
     assert torch.equal(torch.autograd.grad(first.x.sum(), leaves["q"])[0], expected)
+
+
+@pytest.mark.parametrize("held", ["nothing", "gradient", "view", "array", "storage"])
+def test_memory_of_large_gradients_serves_again_when_nobody_has_it(held: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_executor, "LARGE", 1000)
+    monkeypatch.setattr(cpu_executor, "_lent", [])
+    Q = (torch.eye(20, dtype=f64) * torch.arange(1, 5, dtype=f64)[:, None, None]).requires_grad_()
+
+    def gradient(scale: float) -> Tensor:
+        q = torch.full((4, 20), scale, dtype=f64)
+        return torch.autograd.grad(diffopt.solve_qp(Q, q).x.sum(), Q)[0]
+
+    first = gradient(1.0)
+    place, values = first.data_ptr(), first.clone()
+    keep: Any = None
+    if held == "storage":
+        keep = first.untyped_storage()
+    elif held != "nothing":
+        keep = {"gradient": first, "view": first[0, 0], "array": first.numpy()}[held]
+    del first
+    second = gradient(2.0)
+    assert (second.data_ptr() == place) == (held == "nothing")
+    if held == "array":
+        assert (torch.from_numpy(keep) == values).all()
+    if held in ("gradient", "view"):
+        assert torch.equal(keep, values if held == "gradient" else values[0, 0])
+    assert measures.relative(second, 2 * values) <= X_REFERENCE
+    third = gradient(1.0)
+    assert torch.equal(third, values) and third.data_ptr() != second.data_ptr()

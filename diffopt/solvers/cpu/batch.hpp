@@ -8,7 +8,24 @@
 
 #include "simd.hpp"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace diffopt {
+
+// Asks for large pages for memory that is about to be written: touching new memory page by page, and reading it back
+// through many small ones, costs more than the arithmetic on large problems.
+inline void prefer_large_pages(const void* memory, std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::size_t large = std::size_t{1} << 21;
+    const std::size_t from = (reinterpret_cast<std::size_t>(memory) + large - 1) / large * large;
+    const std::size_t to = (reinterpret_cast<std::size_t>(memory) + bytes) / large * large;
+    if (memory && to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
 
 enum Field { FIELD_Q, FIELD_FACTOR, FIELD_q, FIELD_A, FIELD_b, FIELD_G, FIELD_h, FIELD_LOWER, FIELD_UPPER, FIELDS };
 enum HessianKind : int64_t { DENSE, DIAGONAL, DIAGONAL_PLUS_LOW_RANK };

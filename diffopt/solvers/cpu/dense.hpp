@@ -53,13 +53,40 @@ template <class F> INLINE void row_blocks_reversed(Index n, const F& f) {
     while (i > 0) f(Constant<BLOCK>{}, i -= BLOCK);
 }
 
+// Where the rows of a matrix lie: row j at (j), the next ones of its block step(j) further each.
+template <class P> struct WholeRows {
+    const double* base;
+    Index ld;
+    const double* operator()(Index j) const { return base + j * ld * P::S; }
+    Index step(Index) const { return ld; }
+};
+
+// An upper triangle without most of what is left of its diagonal: row r begins at the column that solves read first.
+struct PackedRows {
+    static constexpr Index T = W > BLOCK ? W : BLOCK;
+    double* base;
+    Index ld;
+    static Index first(Index r) { return r / T * T; }
+    Index step(Index r) const { return ld - first(r); }
+    // (Row pointers are those of a full row, of which only columns from first(r) on may be used.)
+    double* operator()(Index r) const {
+        const Index q = r / T;
+        return base + q * T * ld - T * T * q * (q - 1) / 2 + (r - q * T) * step(r) - first(r);
+    }
+    static Index size(Index rows, Index ld) {
+        const Index q = rows / T;
+        return q * T * ld - T * T * q * (q - 1) / 2 + (rows - q * T) * (ld - q * T);
+    }
+};
+
 // The R x R upper triangle at (j, j) of U, in registers or scalars.
 template <class P, int R> struct Corner {
     using Vec = typename P::Vec;
     typename P::Number u[R][R], inverse[R];
-    INLINE void read(const double* U, Index ld, Index j, const double* inv) {
+    // `row` is row j.
+    INLINE void read(const double* row, Index ld, Index j, const double* inv) {
         for (int r = 0; r < R; r++) {
-            for (int t = r + 1; t < R; t++) u[r][t] = P::get(U + (j + r) * ld * P::S, j + t);
+            for (int t = r + 1; t < R; t++) u[r][t] = P::get(row + r * ld * P::S, j + t);
             inverse[r] = P::get(inv, j + r);
         }
     }
@@ -164,7 +191,7 @@ void solve_transposed(const double* U, Index ldu, const double* inv, Index n, do
     row_blocks(n, [&](auto rows, Index j) {
         constexpr int R = decltype(rows)::value;
         Corner<P, R> corner;
-        corner.read(U, ldu, j, inv);
+        corner.read(U + j * ldu * P::S, ldu, j, inv);
         row_tiles<R>(j, q0, q1, [&](auto, auto count, Index, Index q) {
             constexpr int C = decltype(count)::value;
             const Index k0 = start(q);
@@ -209,7 +236,7 @@ void gram(const double* X, Index ldx, Index rows, Index c, const double* from, I
 }
 
 // b <- U^-T b, in place.
-template <class P> void solve_transposed(const double* U, Index ld, const double* inv, Index n, double* b) {
+template <class P, class Rows> void solve_transposed(const Rows& U, const double* inv, Index n, double* b) {
     using Vec = typename P::Vec;
     using Number = typename P::Number;
     const Index packs = padded<P>(n) / P::E;
@@ -217,13 +244,14 @@ template <class P> void solve_transposed(const double* U, Index ld, const double
         constexpr int R = decltype(rows)::value;
         Number y[R];
         Corner<P, R> corner;
-        corner.read(U, ld, j, inv);
+        const double* row = U(j);
+        const Index ld = U.step(j);
+        corner.read(row, ld, j, inv);
         for (int r = 0; r < R; r++) {
             y[r] = P::get(b, j + r);
             for (int t = 0; t < r; t++) y[r] = fnma(corner.u[t][r], y[t], y[r]);
             y[r] *= corner.inverse[r];
         }
-        const double* row = U + j * ld * P::S;
         for (Index q = j / P::E; q < packs; q++) {
             Vec v = P::load(b + q * P::W);
             for (int r = 0; r < R; r++) v = fnma(P::splat(y[r]), P::load(row + r * ld * P::S + q * P::W), v);
@@ -234,7 +262,7 @@ template <class P> void solve_transposed(const double* U, Index ld, const double
 }
 
 // b <- U^-1 b, in place.
-template <class P> void solve(const double* U, Index ld, const double* inv, Index n, double* b) {
+template <class P, class Rows> void solve(const Rows& U, const double* inv, Index n, double* b) {
     using Vec = typename P::Vec;
     using Number = typename P::Number;
     const Index packs = padded<P>(n) / P::E;
@@ -242,13 +270,14 @@ template <class P> void solve(const double* U, Index ld, const double* inv, Inde
         constexpr int R = decltype(rows)::value;
         Number y[R];
         Corner<P, R> corner;
-        corner.read(U, ld, j, inv);
+        const double* row = U(j);
+        const Index ld = U.step(j);
+        corner.read(row, ld, j, inv);
         for (int r = 0; r < R; r++) {
             y[r] = P::get(b, j + r);
             P::put(b, j + r, Number{});
         }
         Vec acc[R] = {};
-        const double* row = U + j * ld * P::S;
         for (Index q = j / P::E; q < packs; q++) {
             const Vec v = P::load(b + q * P::W);
             for (int r = 0; r < R; r++) acc[r] = fma(v, P::load(row + r * ld * P::S + q * P::W), acc[r]);
@@ -260,6 +289,13 @@ template <class P> void solve(const double* U, Index ld, const double* inv, Inde
         }
         for (int r = 0; r < R; r++) P::put(b, j + r, y[r]);
     });
+}
+
+template <class P> void solve_transposed(const double* U, Index ld, const double* inv, Index n, double* b) {
+    solve_transposed<P>(WholeRows<P>{U, ld}, inv, n, b);
+}
+template <class P> void solve(const double* U, Index ld, const double* inv, Index n, double* b) {
+    solve<P>(WholeRows<P>{U, ld}, inv, n, b);
 }
 
 // b <- (U'U)^-1 b, in place.

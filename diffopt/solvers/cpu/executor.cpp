@@ -109,7 +109,7 @@ template <class P> int64_t solve_batch(const Batch& batch, const Options& option
                 std::copy_n(setup.U, batch.n * batch.n * P::S, record.U);
                 std::copy_n(setup.V, batch.n * record.joint * P::S, record.V);
             } else {
-                keep_factor<P>(setup.U, setup.k.np, batch.n, 0, answer.saved_shared);
+                keep_factor(setup.U, setup.k.np, batch.n, Saved(batch, answer, begin).U);
             }
         }
     }
@@ -244,6 +244,9 @@ DIFFOPT_API int64_t diffopt_solve(const Call* call, int64_t begin, int64_t end) 
     const Answer& answer = call->answer;
     try {
         const Places places = places_of(batch, options, begin, end);
+        if (answer.saved)
+            prefer_large_pages(answer.saved + begin * answer.saved_stride,
+                               static_cast<std::size_t>((end - begin) * answer.saved_stride) * sizeof(double));
         clear_answer(batch, answer, places, begin, end);
         if (takes_dual(batch, options)) {
             const int64_t missing = solve_by_dual(batch, options, answer, places, begin, end);
@@ -292,6 +295,15 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
     const Batch& batch = call->batch;
     const Places places = places_of(batch, call->options, begin, end);
     const Index group = places.small ? W : 1;
+    auto soon_written = [&](void* gradients_of, Index size) {
+        const std::size_t bytes = static_cast<std::size_t>(size) * (batch.single ? sizeof(float) : sizeof(double));
+        if (gradients_of)
+            prefer_large_pages(static_cast<char*>(gradients_of) + static_cast<std::size_t>(begin) * bytes,
+                               static_cast<std::size_t>(end - begin) * bytes);
+    };
+    if (batch.hessian == DENSE) soon_written(gradients->dQ, batch.n * batch.n);
+    soon_written(gradients->dA, batch.p * batch.n);
+    soon_written(gradients->dG, batch.m * batch.n);
     const double n = static_cast<double>(batch.n), each = (8 * n * n + 4 * n * static_cast<double>(batch.m) + 200) * static_cast<double>(group);
     const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each)) * group;
     const Index chunks = (end - begin + per_chunk - 1) / per_chunk;

@@ -368,12 +368,9 @@ template <class P> void Dual<P>::keep(const Answer& answer) {
         }
         saved.held[i] = place;
     }
-    if (!saved.shared) keep_factor<P>(m_->U, k.np, k.n, 0, saved.U);
+    if (!saved.shared) keep_factor(m_->U, k.np, k.n, saved.U);
     std::copy_n(B_, k.n * ldb_, saved.V);
-    for (Index r = 0; r < held_; r++) {
-        const Index from = first_read(r);
-        std::copy_n(M_ + r * ldb_ + from, ldb_ - from, saved.M + r * ldb_ + from);
-    }
+    keep_factor(M_, ldb_, held_, saved.M);
 }
 
 }  // namespace diffopt

@@ -46,11 +46,24 @@ struct PullbackWork {
     }
 };
 
+// Bytes of gradients of matrices above which they are written around the caches.
+constexpr double TOO_LARGE_FOR_CACHES = 4e6;
+
 // target (rows x n) = a_i u' - b_i v'
 template <class T>
-INLINE void outer_difference(T* target, Index rows, Index n, const T* a, const T* u, const T* b, const T* v) {
-    for (Index i = 0; i < rows; i++)
-        for (Index j = 0; j < n; j++) target[i * n + j] = a[i] * u[j] - b[i] * v[j];
+INLINE void outer_difference(T* target, Index rows, Index n, const T* a, const T* u, const T* b, const T* v, bool around) {
+    for (Index i = 0; i < rows; i++) {
+        T* row = target + i * n;
+        Index j = 0;
+        if constexpr (std::is_same_v<T, double>) {
+            if (around) {
+                constexpr std::size_t line = sizeof(Vec);
+                for (; j < n && reinterpret_cast<std::size_t>(row + j) % line; j++) row[j] = a[i] * u[j] - b[i] * v[j];
+                for (; j + W <= n; j += W) stream(row + j, Wide::splat(a[i]) * Wide::load(u + j) - Wide::splat(b[i]) * Wide::load(v + j));
+            }
+        }
+        for (; j < n; j++) row[j] = a[i] * u[j] - b[i] * v[j];
+    }
 }
 
 // The pullback of one instance: what comes in, and where what goes out is written.
@@ -105,14 +118,17 @@ template <class T> struct Pull {
     }
 
     // The gradients of matrices, from those of vectors.
-    void write_matrices() const {
+    void write_matrices(PullbackWork& work) const {
         const T *x = static_cast<const T*>(answer.x) + i * n, *nu = static_cast<const T*>(answer.nu) + i * p,
                 *lam = static_cast<const T*>(answer.lam) + i * m;
-        if (dQ && batch.hessian == DENSE)
-            for (Index r = 0; r < n; r++) {
-                const T a = T(0.5) * dq[r], b = T(0.5) * x[r];
-                for (Index c = 0; c < n; c++) dQ[r * n + c] = a * x[c] + b * dq[c];
-            }
+        const double numbers = static_cast<double>(batch.count) * static_cast<double>(n) * static_cast<double>(n + p + m);
+        const bool around = numbers * sizeof(T) > TOO_LARGE_FOR_CACHES;
+        if (dQ && batch.hessian == DENSE) {
+            work.fit(n);
+            T *half_q = reinterpret_cast<T*>(work.x.data()), *half_x = reinterpret_cast<T*>(work.y.data());
+            for (Index j = 0; j < n; j++) half_q[j] = T(0.5) * dq[j], half_x[j] = T(-0.5) * x[j];
+            outer_difference(dQ, n, n, half_q, x, half_x, dq, around);
+        }
         if (dQ && batch.hessian != DENSE)
             for (Index j = 0; j < n; j++) dQ[j] = dq[j] * x[j];
         if (dfactor) {
@@ -129,8 +145,9 @@ template <class T> struct Pull {
                     dfactor[j * k + c] = static_cast<T>(static_cast<double>(dq[j]) * by_x + static_cast<double>(x[j]) * by_q);
             }
         }
-        if (dA) outer_difference(dA, p, n, nu, dq, db, x);
-        if (dG) outer_difference(dG, m, n, lam, dq, dh, x);
+        if (dA) outer_difference(dA, p, n, nu, dq, db, x, around);
+        if (dG) outer_difference(dG, m, n, lam, dq, dh, x, around);
+        if (around) stream_end();
     }
 };
 
@@ -152,11 +169,11 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
     g.pass_slack(rx);
     const double cost = saved.cost();
     for (Index j = 0; j < n; j++) rx[j] *= cost * saved.d[j];
-    auto inverse_diagonal = [&](const double* U, Index ld, Index size) {
-        for (Index j = 0; j < size; j++) inv[j] = 1 / U[j * ld + j];
+    auto inverse_diagonal = [&](const PackedRows& U, Index size) {
+        for (Index j = 0; j < size; j++) inv[j] = 1 / U(j)[j];
         return inv;
     };
-    solve_transposed<Single>(saved.U, saved.ldu, inverse_diagonal(saved.U, saved.ldu, n), n, rx);
+    solve_transposed<Single>(saved.U, inverse_diagonal(saved.U, n), n, rx);
     const Index packs = saved.ld / W;
     add_transposed<Single>(saved.V, saved.ld, n, rx, 1, ry, 0, packs);
     for (Index j = 0; j < saved.count; j++) {
@@ -169,9 +186,11 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
         else right = g.gupper ? static_cast<double>(g.gupper[at - p - m]) / saved.d[at - p - m] : 0.0;
         ry[j] -= right;
     }
-    solve_both<Single>(saved.M, saved.ld, inverse_diagonal(saved.M, saved.ld, saved.count), saved.count, ry);
+    inverse_diagonal(saved.M, saved.count);
+    solve_transposed<Single>(saved.M, inv, saved.count, ry);
+    solve<Single>(saved.M, inv, saved.count, ry);
     add_product<Single>(saved.V, saved.ld, n, ry, -1, rx, 0, packs);
-    solve<Single>(saved.U, saved.ldu, inverse_diagonal(saved.U, saved.ldu, n), n, rx);
+    solve<Single>(saved.U, inverse_diagonal(saved.U, n), n, rx);
 
     for (Index j = 0; j < n; j++) g.dq[j] = static_cast<T>(-rx[j] * saved.d[j]);
     for (Index j = 0; j < p; j++) g.db[j] = 0;
@@ -253,7 +272,7 @@ void pull_back(const Batch& batch, const Answer& answer, const Places& places, c
     g.clear_vectors();
     if (kind == ONLY_SIDES) pull_by_sides(g, Sides(batch, places.at(answer, i), places.step(i)), work);
     else pull_by_factor(g, work);
-    g.write_matrices();
+    g.write_matrices(work);
 }
 
 // Small problems [first, last), that were kept side by side.
@@ -336,7 +355,7 @@ void pull_lanes(const Batch& batch, const Answer& answer, const Places& places, 
             T* side = held[r * S] < 0 ? g.dlower : g.dupper;
             if (side && held[r * S] != 0) side[r - p - m] = static_cast<T>(y[r * S]);
         }
-        g.write_matrices();
+        g.write_matrices(work);
     }
 }
 

@@ -15,32 +15,33 @@ inline bool matrices_shared(const Batch& batch) {
 constexpr double NO_RECORD = -1, NO_SOLUTION = -2, ONLY_SIDES = -3;
 
 // A record: count of held rows, cost; scaling d, eq, rows; the held rows' places in [A; G; I] (a lower bound's as
-// -1 - place); then U (n x ldu) unless shared, V (n x ld), M (ld x ld), rows padded to whole packs.
+// -1 - place); then U (n x ldu, packed) unless shared, V (n x ld), M (count x ld, packed), rows padded to whole packs.
 struct Saved {
-    double *head, *d, *eq, *rows, *held, *U, *V, *M;
-    Index n, p, m, ldu, ld = 0, count = 0;
+    double *head, *d, *eq, *rows, *held, *V;
+    PackedRows U, M;
+    Index n, p, m, ld = 0, count = 0;
     bool shared;
 
     Saved(const Batch& batch, const Answer& answer, Index instance)
-        : n(batch.n), p(batch.p), m(batch.m), ldu(padded<Single>(batch.n)), shared(matrices_shared(batch)) {
+        : n(batch.n), p(batch.p), m(batch.m), shared(matrices_shared(batch)) {
         head = answer.saved + instance * answer.saved_stride;
         d = head + 2;
         eq = d + n;
         rows = eq + p;
         held = rows + m;
         double* rest = head + round(2 + 2 * n + p + m);
-        U = shared ? answer.saved_shared : rest;
-        V = shared ? rest : rest + n * ldu;
-        M = nullptr;
+        U = {shared ? answer.saved_shared : rest, padded<Single>(n)};
+        V = shared ? rest : rest + factor_size(batch);
+        M = {nullptr, 0};
     }
     static Index round(Index count) { return (count + 7) / 8 * 8; }
+    static Index factor_size(const Batch& b) { return round(PackedRows::size(b.n, padded<Single>(b.n))); }
     static Index size(const Batch& batch) {
-        const Index ld = padded<Single>(batch.n), factor = matrices_shared(batch) ? 0 : batch.n * ld;
-        return round(2 + 2 * batch.n + batch.p + batch.m) + factor + batch.n * ld + ld * ld;
+        const Index factor = factor_size(batch);
+        return round(2 + 2 * batch.n + batch.p + batch.m) + (matrices_shared(batch) ? factor : 2 * factor) +
+               batch.n * padded<Single>(batch.n);
     }
-    static Index shared_size(const Batch& batch) {
-        return matrices_shared(batch) ? batch.n * padded<Single>(batch.n) : 0;
-    }
+    static Index shared_size(const Batch& batch) { return matrices_shared(batch) ? factor_size(batch) : 0; }
     void start(Index rows_held, double cost) {
         head[0] = static_cast<double>(rows_held);
         head[1] = cost;
@@ -49,20 +50,17 @@ struct Saved {
     void open() {
         count = static_cast<Index>(head[0]);
         ld = padded<Single>(count);
-        M = V + n * ld;
+        M = {V + n * ld, ld};
     }
     double cost() const { return head[1]; }
 };
 
-// The first column of row r of a factor that a solve by blocks of rows reads.
-inline Index first_read(Index r) { return r / std::max(W, BLOCK) * std::max(W, BLOCK); }
-
-// Writes the factor U of Q, of one lane, by rows of whole packs.
-template <class P> void keep_factor(const double* U, Index ld, Index n, int lane, double* target) {
-    const Index ldu = padded<Single>(n);
-    for (Index r = 0; r < n; r++)
-        for (Index c = first_read(r); c < ldu; c++)
-            target[r * ldu + c] = c >= r && c < n ? U[(r * ld + c) * P::S + lane] : 0.0;
+// Writes the first `size` rows of an upper factor.
+inline void keep_factor(const double* U, Index ld, Index size, const PackedRows& target) {
+    for (Index r = 0; r < size; r++) {
+        const Index from = PackedRows::first(r);
+        std::copy_n(U + r * ld + from, target.ld - from, target(r) + from);
+    }
 }
 
 // Where the record of an instance lies. Small problems are kept as they were solved, W of them side by side, so that the

@@ -113,6 +113,18 @@ INLINE bool any(bool m) { return m; }
 INLINE Mask none_of(Mask m) { return ~m; }
 INLINE bool none_of(bool m) { return !m; }
 
+// Writes to memory around the caches: what is written once, and is larger than they are, need not be read first.
+#if defined(__AVX512F__)
+INLINE void stream(double* p, Vec v) { _mm512_stream_pd(p, (__m512d)v); }
+INLINE void stream_end() { _mm_sfence(); }
+#elif defined(__AVX__)
+INLINE void stream(double* p, Vec v) { _mm256_stream_pd(p, (__m256d)v); }
+INLINE void stream_end() { _mm_sfence(); }
+#else
+INLINE void stream(double* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+INLINE void stream_end() {}
+#endif
+
 // 2 to the power nearest to log2(x), for x > 0: a significand of sqrt(2) or more counts up.
 INLINE Vec power_of_two(Vec x) {
     constexpr int64_t exponent = 0x7ff0000000000000LL, to_next = 0x10000000000000LL - 0x6a09e667f3bcdLL;
