@@ -20,7 +20,7 @@ instances and over the pieces (Q, q, A, b, G, h); the piece is named where it al
 others; *median* is over the instances, of the worst piece. A peer that would take long solves the first programs
 of the batch only, as many as its row says, and its time is scaled to the batch. Peers without gradients run in a
 Python loop over NumPy data that lie ready in the form that they want. Every peer is bound to as many cores as it has
-threads, and its OpenMP threads wait passively."""
+threads, and its OpenMP threads wait passively. Quick calls are warm: some are made untimed before each repeat."""
 
 
 def tables(results: dict[str, Any]) -> str:

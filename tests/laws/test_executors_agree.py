@@ -72,11 +72,37 @@ class Draw:
         recipe = f"{count} of n={n} p={p} m={m} bounds={bounds} shared={shared} {dtype} cond={condition:.0e}"
         return Drawn({name: v.to(dtype) for name, v in data.items()}, weights, condition, recipe)
 
+    def general(self, count: int, kind: str) -> Drawn:
+        """Draw problems that do not go by the dual form; ``kind``: "rows" (many), "diagonal" or "low_rank"."""
+        drawn = self.batch(count, False, self.integer(0, 1) == 1, torch.float64, 2.0)
+        data, n = dict(drawn.data), drawn.data["q"].shape[-1]
+        if kind == "rows":
+            G = self.normal(count, 3 * n, n)
+            x = self.normal(count, n, 1)
+            for side, sign in (("lower", -1), ("upper", 1)):
+                if side in data:
+                    data[side] = x.squeeze(-1) + sign * self.uniform(count, n)
+            if "b" in data:
+                data["b"] = (data["A"] @ x).squeeze(-1)
+            data |= {"G": G, "h": (G @ x).squeeze(-1) + self.uniform(count, 3 * n)}
+        else:
+            data["Q"] = 0.1 + self.uniform(*data["Q"].shape[:-1])
+            if kind == "low_rank":
+                data["factor"] = self.normal(n, 3)
+        m = data["G"].shape[-2] if "G" in data else 0
+        weights = drawn.weights | {"s": self.normal(count, m), "lam": self.normal(count, m)}
+        return Drawn(data, weights, 100.0, f"{kind}: {drawn.recipe}, m={m}")
+
 
 def solved(drawn: Drawn, executor: Any) -> tuple[diffopt.Solution, dict[str, Tensor]]:
     """Solve, and differentiate the linear function of all finite outputs in every input."""
     leaves = measures.tracked(drawn.data)
-    solution = diffopt.solve_qp(**leaves, settings=diffopt.Settings(executor=executor))
+    given: dict[str, Any] = dict(leaves)
+    if "factor" in given:
+        given["Q"] = diffopt.DiagonalPlusLowRank(given["Q"], given.pop("factor"))
+    elif drawn.recipe.startswith("diagonal"):
+        given["Q"] = diffopt.Diagonal(given["Q"])
+    solution = diffopt.solve_qp(**given, settings=diffopt.Settings(executor=executor))
     total = sum(
         torch.where(value.isfinite(), drawn.weights[name] * value, 0.0).sum()
         for name in OUTPUTS
@@ -113,7 +139,9 @@ def compare(drawn: Drawn) -> None:
     """Check one batch; the worst errors are in the messages."""
     ours, our_gradients = solved(drawn, "cpu")
     theirs, their_gradients = solved(drawn, "torch")
-    assert ours.executor == "cpu:dual" and theirs.executor.startswith("torch:"), (ours.executor, drawn.recipe)
+    kind = drawn.recipe.split(":")[0]
+    expected = {"rows": "cpu:primal", "diagonal": "cpu:diagonal", "low_rank": "cpu:diagonal"}.get(kind, "cpu:dual")
+    assert ours.executor == expected and theirs.executor.startswith("torch:"), (ours.executor, drawn.recipe)
     for name in ("status", "weakly_active", "dependent"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), (name, drawn.recipe)
     sides = [drawn.data[name].isfinite().any(-1) for name in ("h", "lower", "upper") if name in drawn.data]
@@ -130,7 +158,7 @@ def compare(drawn: Drawn) -> None:
     limit = GRADIENT_REFERENCE * max(1, drawn.condition / 1e6) if double else GRADIENT[torch.float32]
     errors = {name: measures.relative(our_gradients[name], their_gradients[name]) for name in drawn.data}
     assert max(errors.values()) <= limit, (errors, drawn.recipe)
-    if double:
+    if double and expected == "cpu:dual":
         point = (getattr(ours, name).detach() for name in kkt.Point._fields)
         again = kkt.residuals(QPForm(**drawn.data), kkt.Point(*point))
         allowed = rounding(drawn.data, ours)
@@ -147,3 +175,10 @@ def test_a_hundred_random_instances(seed: int) -> None:
             compare(draw.batch(count, False, shared, dtype, decades))
         for count in (1, 4):
             compare(draw.batch(count, True, shared, dtype, decades))
+
+
+@pytest.mark.parametrize("kind", ["rows", "diagonal", "low_rank"])
+def test_random_instances_of_other_kinds(kind: str) -> None:
+    draw = Draw(17)
+    for count in (1, 3, 9) * 4:
+        compare(draw.general(count, kind))
