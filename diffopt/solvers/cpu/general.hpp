@@ -57,6 +57,13 @@ class General {
         start();
         problem.copy(state, now_);
         Ending end = iterate(tolerance, max_iterations, with_polish, diagonal);
+        if (step_kind_ == WEIGHED && (end == STUCK || end == BROKEN) && problem.soft == 0 && iterations < max_iterations) {
+            // Weights had grown so large that flat directions of the Hessian were lost: once more, holding every row.
+            step_kind_ = HELD;
+            start();
+            const Ending again = iterate(tolerance, max_iterations, with_polish, diagonal);
+            if (again != BROKEN) end = again;
+        }
         if (end != CONVERGED && end != PROVEN_INFEASIBLE && with_polish && errors.worst <= WORTH_POLISHING) {
             // An active set can be right long before the point is; whether it is, the polish finds out.
             problem.copy(now_, state);
@@ -258,14 +265,16 @@ class General {
 
     Ending iterate(double tolerance, int64_t max_iterations, bool with_polish, bool bounded) {
         Scaled& k = problem;
-        const int refinements = step_kind_ == WEIGHED ? 2 : 0;
+        const int refinements = step_kind_ == DIAGONAL_FIRST ? 0 : 2;
         count_ = 0;
         for (Index r = 0; r < k.rows; r++) count_ += k.on[r];
-        double last_mu = INF, tried = INF;
-        int slow = 0, stalled = 0;
+        double last_mu = INF, tried = INF, goal = INF;
+        int slow = 0, stalled = 0, waited = 0;
         for (int64_t turn = 0;; turn++) {
             const Errors found = k.measure(now_);
             const double residual = found.worst;
+            waited++;
+            if (residual < 0.5 * goal) goal = residual, waited = 0;
             if (residual < errors.worst) errors = found, problem.copy(state, now_), mark_active(now_, active);
             residuals_now();
             bool changed = false;
@@ -290,8 +299,8 @@ class General {
                 tried = residual;
                 if (polish(ENOUGH_GENERAL)) return CONVERGED;
             }
-            if (stalled >= 3) return STUCK;
-            if (turn == max_iterations) return AT_LIMIT;
+            if (stalled >= 3 || (waited >= PATIENCE && step_kind_ == WEIGHED && k.soft == 0)) return STUCK;
+            if (iterations >= max_iterations) return AT_LIMIT;
 
             double sum = 0;
             for (Index r = 0; r < k.rows; r++) {
@@ -338,6 +347,7 @@ class General {
     double count_ = 0;
     static constexpr double EARLY = 1e-3, ENOUGH_GENERAL = 1e-12, AHEAD_GENERAL = 1e-4, SLACK = 1e-10;
     static constexpr int ROUNDS = 4;
+    static constexpr int PATIENCE = 12;  // steps without half the residual, after which another elimination is tried
 
     // The longest step <= 1 that keeps s and z nonnegative.
     double reach() const {
