@@ -56,10 +56,12 @@ class General {
         }
         start();
         problem.copy(state, now_);
+        may_hold_ = !diagonal && problem.soft == 0;
         Ending end = iterate(tolerance, max_iterations, with_polish, diagonal);
-        if (step_kind_ == WEIGHED && (end == STUCK || end == BROKEN) && problem.soft == 0 && iterations < max_iterations) {
-            // Weights had grown so large that flat directions of the Hessian were lost: once more, holding every row.
+        if (may_hold_ && (end == STUCK || end == BROKEN) && iterations < max_iterations) {
+            // Once more from the start, holding every row throughout.
             step_kind_ = HELD;
+            may_hold_ = false;
             start();
             const Ending again = iterate(tolerance, max_iterations, with_polish, diagonal);
             if (again != BROKEN) end = again;
@@ -299,7 +301,9 @@ class General {
                 tried = residual;
                 if (polish(ENOUGH_GENERAL)) return CONVERGED;
             }
-            if (stalled >= 3 || (waited >= PATIENCE && step_kind_ == WEIGHED && k.soft == 0)) return STUCK;
+            // Weights may have grown so large that flat directions of the Hessian are lost: holding rows does not lose them.
+            if (may_hold_ && step_kind_ == WEIGHED && waited >= 3 && residual <= NEAR) step_kind_ = HELD, waited = 0;
+            if (stalled >= 3 || (may_hold_ && waited >= PATIENCE)) return STUCK;
             if (iterations >= max_iterations) return AT_LIMIT;
 
             double sum = 0;
@@ -347,7 +351,9 @@ class General {
     double count_ = 0;
     static constexpr double EARLY = 1e-3, ENOUGH_GENERAL = 1e-12, AHEAD_GENERAL = 1e-4, SLACK = 1e-10;
     static constexpr int ROUNDS = 4;
-    static constexpr int PATIENCE = 12;  // steps without half the residual, after which another elimination is tried
+    static constexpr int PATIENCE = 12;      // steps without half the residual, after which another start is tried
+    static constexpr double NEAR = 1e-3;     // residual from which on slow progress is blamed on the weights
+    bool may_hold_ = false;                  // rows may be held in Newton steps, if they are not from the start
 
     // The longest step <= 1 that keeps s and z nonnegative.
     double reach() const {
