@@ -25,6 +25,7 @@ from diffopt.errors import (
     SolveFailed,
     UnknownBackend,
 )
+from diffopt.infeasible import Elastic
 from diffopt.layer import Layer, solve, solve_qp
 from diffopt.linalg import Dense, Diagonal, DiagonalPlusLowRank
 from diffopt.problems import (
@@ -38,7 +39,7 @@ from diffopt.problems import (
     given,
     learned,
 )
-from diffopt.solution import Certificate, Residuals, Solution, Status
+from diffopt.solution import Certificate, Residuals, Shifts, Solution, Status
 from diffopt.solvers.settings import Settings
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "DiffoptError",
     "DiffoptWarning",
     "DtypeError",
+    "Elastic",
     "GradientCheckFailed",
     "InaccurateSolutionWarning",
     "Layer",
@@ -70,6 +72,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "ShapeError",
+    "Shifts",
     "Solution",
     "SolveFailed",
     "Status",

@@ -527,7 +527,10 @@ class _Solve(torch.autograd.Function):
         if ctx.zero and not torch.is_grad_enabled():
             # A step that is zero has a first derivative that does not see K's own change.
             return (None, None, None, *y, *([None] * ctx.count))
-        return (None, None, None, *y, *_data_gradients(op, data, y, u, ctx.transpose))
+        # A failed instance whose derivative nobody asked for (u = 0) adds nothing to a higher one: y may be NaN there.
+        idle = op.system.failed & ~torch.stack([(v != 0).any(-1) for v in u if v.shape[-1]]).any(0)
+        y_used = Blocks(*(torch.where(idle.unsqueeze(-1), 0.0, v) for v in y))
+        return (None, None, None, *y, *_data_gradients(op, data, y_used, u, ctx.transpose))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
@@ -643,6 +646,11 @@ class _Gate(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (failed,) = ctx.saved_tensors
         return _gated(tangent, failed)
+
+
+def gate(v: Tensor, failed: Tensor) -> Tensor:
+    """Return v ``(*batch, k)``, whose derivative in instances marked ``failed`` is NaN unless it is not asked for."""
+    return _Gate.apply(v, failed)
 
 
 def _gated(v: Tensor, failed: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit
+from diffopt import implicit, infeasible
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
@@ -20,6 +20,7 @@ from diffopt.errors import (
     SettingsError,
     SolveFailed,
 )
+from diffopt.infeasible import Elastic
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Form, QPForm
@@ -27,6 +28,7 @@ from diffopt.solution import REMEDIES, Solution, Status
 from diffopt.solvers.settings import Settings
 
 OnFailure = Literal["raise", "return"]
+OnInfeasible = Elastic | Literal["elastic", "closest"] | None
 _DEFAULT = Settings()
 MOST_NAMED = 8
 
@@ -43,9 +45,14 @@ class Layer(nn.Module):
         settings: see `Settings`.
         on_failure: ``"raise"`` (default) raises `SolveFailed` when any instance is not solved;
             ``"return"`` returns all of them, and ``solve(...).ok`` says which to use.
+        on_infeasible: what becomes of a quadratic program that no x satisfies. ``None`` (default): it fails.
+            ``"elastic"`` or an `Elastic`: its constraints are soft, at a price (in every instance, feasible or
+            not). ``"closest"``: the sides b, h, lower and upper are shifted by the least shifts, in the 2-norm of
+            all of them, that some x satisfies, and that program is solved; feasible instances are left as they
+            are. `Solution.shifts` says by how much.
 
     Raises:
-        UnknownBackend, BackendNotInstalled: at construction.
+        UnknownBackend, BackendNotInstalled, SettingsError: at construction.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class Layer(nn.Module):
         backend: str | Backend = "auto",
         settings: Settings | None = None,
         on_failure: OnFailure = "raise",
+        on_infeasible: OnInfeasible = None,
     ) -> None:
         super().__init__()
         if not isinstance(problem, DifferentiableProblem):
@@ -65,8 +73,9 @@ class Layer(nn.Module):
         self.backend = _checked_backend(backend)
         self.settings = _checked_settings(settings)
         self.on_failure: OnFailure = _checked_policy(on_failure)
+        self.on_infeasible: infeasible.Policy = infeasible.checked_policy(on_infeasible)
         self._parts: dict[str, tuple[str | float, ...]] = {}
-        for name, declared in problem.declared.items():
+        for name, declared in (problem.declared | infeasible.declared_weights(self.on_infeasible)).items():
             kept: list[str | float] = []
             for part_name, part in zip(declared.part_names(name), declared.parts, strict=False):
                 if not isinstance(part, Tensor):
@@ -89,8 +98,8 @@ class Layer(nn.Module):
         """Solve for the given parameter values and return the whole `Solution`.
 
         Args:
-            given: the parameters that the problem does not declare learned or fixed, by name;
-                batch dimensions lead and broadcast, a tensor without them is shared.
+            given: the parameters that the problem does not declare learned or fixed, by name (and weights of `Elastic`
+                constraints that are declared so); batch dimensions lead and broadcast, a tensor without them is shared.
 
         Raises:
             ParameterError, ShapeError, DtypeError, DeviceError: bad input, before anything is solved.
@@ -101,8 +110,12 @@ class Layer(nn.Module):
             every given and learned tensor.
         """
         own = {name: self._own(parts) for name, parts in self._parts.items()}
-        params = self.problem.collect(given, own)
-        return _solve_form(self.problem.standard_form(params), self.backend, self.settings, self.on_failure)
+        policy = self.on_infeasible
+        weights: dict[str, Any] = {}
+        if policy is not None:
+            weights, given = infeasible.take_weights(policy, given, own)
+        form = self.problem.standard_form(self.problem.collect(given, own))
+        return _solve_form(form, self.backend, self.settings, self.on_failure, policy, weights)
 
     def _own(self, parts: tuple[str | float, ...]) -> Any:
         values = tuple(getattr(self, part) if isinstance(part, str) else part for part in parts)
@@ -120,18 +133,22 @@ def solve(
     backend: str | Backend = "auto",
     settings: Settings | None = None,
     on_failure: OnFailure = "raise",
+    on_infeasible: OnInfeasible = None,
 ) -> Solution:
     """Solve a batch of problems of any class.
 
     Args:
         problem: the problem class; its learned and fixed values are those of its declarations.
         params: the other parameter values, by name.
-        backend, settings, on_failure: as in `Layer`.
+        backend, settings, on_failure, on_infeasible: as in `Layer`.
 
     Returns, raises, differentiable in: as `Layer.solve`.
     """
-    form = problem.standard_form(problem.collect(params or {}))
-    return _solve_form(form, _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure))
+    policy = infeasible.checked_policy(on_infeasible)
+    weights, given = infeasible.take_weights(policy, params or {})
+    form = problem.standard_form(problem.collect(given))
+    options = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    return _solve_form(form, *options, policy, weights)
 
 
 def solve_qp(
@@ -147,6 +164,7 @@ def solve_qp(
     backend: str | Backend = "auto",
     settings: Settings | None = None,
     on_failure: OnFailure = "raise",
+    on_infeasible: OnInfeasible = None,
 ) -> Solution:
     r"""Solve a batch of quadratic programs.
 
@@ -154,7 +172,7 @@ def solve_qp(
 
     Args:
         Q, q, A, b, G, h, lower, upper: as in `QPForm`; Q = ``None`` is a linear program.
-        backend, settings, on_failure: as in `Layer`.
+        backend, settings, on_failure, on_infeasible: as in `Layer`.
 
     Returns:
         :class:`Solution`, with the signs stated there.
@@ -163,26 +181,51 @@ def solve_qp(
         ShapeError, DtypeError, DeviceError, ParameterError, BackendError, SolveFailed: as `Layer.solve`.
 
     Differentiable in:
-        every tensor given; Q's gradient is symmetric. Where a constraint is weakly active the
-        derivative follows ``settings.kink_rule``.
+        every tensor given, the weights of an `Elastic` too; Q's gradient is symmetric. Where a constraint is
+        weakly active the derivative follows ``settings.kink_rule``.
 
     References:
         Amos and Kolter (2017), "OptNet", equations 6 to 8 (dG there has a factor D(lam) too many).
     """
     form = QPForm(Q, q, A, b, G, h, lower, upper)
-    return _solve_form(form, _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure))
+    options = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    if on_infeasible is None:
+        return _solve_form(form, *options)
+    policy = infeasible.checked_policy(on_infeasible)
+    return _solve_form(form, *options, policy, infeasible.take_weights(policy, {})[0])
 
 
-def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
+def _solve_form(
+    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, policy: infeasible.Policy = None,
+    weights: dict[str, Any] | None = None,
+) -> Solution:  # fmt: skip
+    if policy is None:
+        solution, solved = _attached(form, backend, settings)
+    else:
+        # What compiled code leaves (singular Q, dependent rows) would be solved one by one.
+        batched = settings.replace(executor="torch") if settings.executor == "auto" else settings
+
+        def each(form: QPForm, ordinary: bool) -> Solution:
+            return _attached(form, backend, settings if ordinary else batched)[0]
+
+        solution, solved = (
+            infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype)),
+            False,
+        )
+    if not solved:
+        _report(solution, on_failure)
+    return solution
+
+
+def _attached(form: Form, backend: str | Backend, settings: Settings) -> tuple[Solution, bool]:
+    """Return the solution, attached to the form, and whether all of it is known to be solved."""
     solver = choose(backend, form)
     if not _transforms_active():
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
         with torch.no_grad():
             found = solver.solve(form, settings, keep)
         solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
-        if not found.solved:
-            _report(solution, on_failure)
-        return solution
+        return solution, found.solved
     names = list(form.tensors())
     done: list[implicit.Prepared] = []
 
@@ -194,9 +237,7 @@ def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failu
         done.append(implicit.prepare(plain, found, settings.kink_rule, weak))
 
     _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
-    solution = implicit.attach(form, done[0])
-    _report(solution, on_failure)
-    return solution
+    return implicit.attach(form, done[0]), False
 
 
 # Whether a transform of torch.func is at work. Where torch cannot tell, assume so: the way through it is always right.

@@ -15,8 +15,9 @@ ALLOWED = {
     "kkt": GROUND | {"problems"},
     "backends": GROUND | {"problems", "solvers", "kkt", "backends"},
     "implicit": GROUND | {"problems", "kkt"},
-    "layer": GROUND | {"problems", "solvers", "backends", "implicit"},
-    "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "layer", "check"},
+    "infeasible": GROUND | {"problems", "kkt", "backends", "implicit"},
+    "layer": GROUND | {"problems", "solvers", "backends", "implicit", "infeasible"},
+    "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "layer", "check"},
 } | {name: GROUND for name in GROUND}
 
 

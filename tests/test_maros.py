@@ -17,7 +17,7 @@ NOT_SOLVED = {"QCAPRI", "QSHARE2B", "VALUES"}
 """The first two end as ALMOST_SOLVED; the Q of the third has a negative eigenvalue (-1.3e-5), and is refused."""
 
 OBJECTIVE = 10 * RESIDUAL[torch.float64]
-"""The objective against the reference, relative: its error is the gap, and the primal residual times the multipliers."""
+"""The objective against the reference, relative: it errs by the gap and by the primal residual times a multiplier."""
 
 
 def test_the_references_are_what_they_are_said_to_be() -> None:
