@@ -72,7 +72,7 @@ def attach(form: Form, prepared: Prepared) -> Solution:
         passes NaN to whatever asks for its derivative, and exactly zero where the incoming gradient is zero.
     """
     found, safe, system = prepared.found, prepared.safe, prepared.system
-    attached = _needs_graph(form)
+    attached = needs_graph(form)
     point = _attached_point(form, system, safe, found.point) if attached else found.point
 
     def value() -> Tensor:
@@ -104,7 +104,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
 
     Differentiable in: see `attach`.
     """
-    attached = _needs_graph(form)
+    attached = needs_graph(form)
     counts = found.counts
     # (Which way is taken must not depend on values: one instance's kink would change its neighbours' last bits.)
     if counts is None or (attached and (found.pullback is None or kink_rule != "inactive")):
@@ -278,7 +278,8 @@ def _forward_mode(form: Form) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in form.tensors().values())
 
 
-def _needs_graph(form: Form) -> bool:
+def needs_graph(form: Form) -> bool:
+    """Return whether anything asks for derivatives in the form's tensors."""
     tensors = form.tensors().values()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
@@ -646,6 +647,11 @@ class _Gate(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (failed,) = ctx.saved_tensors
         return _gated(tangent, failed)
+
+
+def moved_like(value: Tensor, other: Tensor, failed: Tensor) -> Tensor:
+    """Return ``value`` with the derivative of ``other``, both ``(*batch, k)``: NaN in instances marked ``failed``."""
+    return value + _Gate.apply(_only_derivative(other), failed)
 
 
 def gate(v: Tensor, failed: Tensor) -> Tensor:

@@ -325,7 +325,8 @@ def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
     their sides d + t are consistent, and stay so when the data moves: so the minimum-norm derivative of these dependent
     rows (see ``implicit``) is the derivative.
     """
-    exact = _in_float64(form)
+    # In float64: sides that were rounded to float32 would contradict each other again.
+    exact = form.widened()
     d = _sides(exact)
     if not sum(v.shape[-1] for v in d):
         first = solve(form, True)
@@ -402,13 +403,6 @@ def _made_feasible(form: QPForm, where: Tensor) -> QPForm:
     return QPForm(form.Q, form.q, form.A, b, form.G, h, lower, upper)
 
 
-def _in_float64(form: QPForm) -> QPForm:
-    """Return the form over float64 tensors, attached. (Sides rounded to float32 would contradict each other.)"""
-    Q = form.Q.with_tensors(*(v.double() for v in form.Q.tensors()))
-    lower, upper = (None if v is None else v.double() for v in (form.lower, form.upper))
-    return QPForm(Q, form.q.double(), form.A.double(), form.b.double(), form.G.double(), form.h.double(), lower, upper)
-
-
 def _sides(form: QPForm) -> _Sides:
     none = form.q[..., :0]
     low = none if form.lower is None else -form.lower
@@ -449,13 +443,10 @@ def _with_held(form: QPForm, held: _Sides) -> QPForm:
     b = torch.cat([form.b, torch.where(held.row, form.h, 0.0)], -1)
     h = torch.where(held.row, torch.inf, form.h)
     lower, upper = form.lower, form.upper
+    # (Bounds that crossed now meet: either is as good.)
+    at = upper if lower is None else lower
     if lower is not None and upper is not None:
-        # Bounds that crossed now meet.
-        both = held.low & held.high
-        middle = torch.where(both, 0.5 * (lower + upper), 0.0)
-        at = torch.where(both, middle, torch.where(held.low, lower, upper))
-    else:
-        at = upper if lower is None else lower
+        at = torch.where(held.low, lower, upper)
     if at is not None:
         low, high = held.low if lower is not None else held.high, held.high if upper is not None else held.low
         infinite = form.q.new_full((form.n,), torch.inf)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit, infeasible
+from diffopt import implicit, infeasible, relaxed
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
@@ -202,6 +202,11 @@ def _solve_form(
     if policy is None:
         solution, solved = _attached(form, backend, settings)
     else:
+        if policy == "closest" and settings.relaxation is not None:
+            raise SettingsError(
+                "`relaxation` and on_infeasible='closest' do not go together: the closest problem has no interior, "
+                "and so no central path. Use on_infeasible='elastic', or leave `relaxation` out."
+            )
         # What compiled code leaves (singular Q, dependent rows) would be solved one by one.
         batched = settings.replace(executor="torch") if settings.executor == "auto" else settings
 
@@ -220,6 +225,20 @@ def _solve_form(
 def _attached(form: Form, backend: str | Backend, settings: Settings) -> tuple[Solution, bool]:
     """Return the solution, attached to the form, and whether all of it is known to be solved."""
     solver = choose(backend, form)
+    if settings.relaxation is None:
+        return _exactly(form, solver, settings)
+    relaxed.check(form)
+    solution, solved = _exactly(form, solver, settings)
+    if not implicit.needs_graph(form):
+        return solution, solved
+
+    def work(plain: Form) -> Any:
+        return choose(backend, plain).solve(plain, settings)
+
+    return relaxed.relax(form, solution, settings, work, _plainly), solved
+
+
+def _exactly(form: Form, solver: Backend, settings: Settings) -> tuple[Solution, bool]:
     if not _transforms_active():
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
         with torch.no_grad():
@@ -238,6 +257,20 @@ def _attached(form: Form, backend: str | Backend, settings: Settings) -> tuple[S
 
     _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
     return implicit.attach(form, done[0]), False
+
+
+def _plainly(form: Form, work: Callable[[Form], Any]) -> Any:
+    """Call a function with the form over plain tensors, also inside the transforms of ``torch.func``."""
+    if not _transforms_active():
+        with torch.no_grad():
+            return work(form.detach())
+    names, done = list(form.tensors()), []
+
+    def run(tensors: tuple[Tensor, ...]) -> None:
+        done.append(work(form.with_tensors(dict(zip(names, tensors, strict=True))).detach()))
+
+    _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
+    return done[0]
 
 
 # Whether a transform of torch.func is at work. Where torch cannot tell, assume so: the way through it is always right.

@@ -312,8 +312,39 @@ def test_the_closest_feasible_problem(seed: int, bounds: str) -> None:
     assert_optimal_for_the_shifts(data, solution)
     assert_least_shifts(data, solution)
     assert bool((outputs(solution, ()).reshape(-1) != 0).any())
+    if bounds == "none":
+        # Of both equalities and both rows that contradict each other, one is too many.
+        assert bool((solution.shifts.row[:, :2] > 0).all() and (solution.dependent == 1).all())
     # x is the best of what the shifts allow: of any two such points, the better.
     assert measures.relative(solution.value, objective(data, solution.x)) <= EXACT_ALGEBRA
+
+
+class Inaccurate(diffopt.backends.PdipmBackend):
+    """Finds the shifts exactly, but not x. Not registered."""
+
+    name = "inaccurate"
+
+    def solve(self, form: Any, settings: Settings, keep: bool = False) -> Any:
+        return super().solve(form, settings.replace(executor="torch"), keep)
+
+    def _solve(self, form: Any, settings: Settings) -> Any:
+        raw = super()._solve(form, settings)
+        if isinstance(form.Q, diffopt.Dense):
+            raw.x = raw.x + 3e-8
+            raw.s = None
+        return raw
+
+
+def test_success_is_not_claimed_for_an_inaccurate_point() -> None:
+    data = contradictory(150, bounds="none")
+    with pytest.warns(diffopt.InaccurateSolutionWarning, match="2 of 2 instances are only almost solved"):
+        solution = diffopt.solve_qp(**data, on_infeasible="closest", backend=Inaccurate())
+    assert solution.status.tolist() == [Status.ALMOST_SOLVED] * 2
+    moved = {"lower": None, "upper": None} | data
+    assert solution.shifts is not None
+    moved |= {"b": data["b"] + solution.shifts.eq, "h": data["h"] + solution.shifts.row}
+    for name, residual in measures.residuals(moved, solution).items():
+        assert bool((getattr(solution.residuals, name) >= 0.999 * residual).all()), name
 
 
 def objective(data: Data, x: Tensor) -> Tensor:
