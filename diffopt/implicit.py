@@ -649,9 +649,9 @@ class _Gate(torch.autograd.Function):
         return _gated(tangent, failed)
 
 
-def moved_like(value: Tensor, other: Tensor, failed: Tensor) -> Tensor:
-    """Return ``value`` with the derivative of ``other``, both ``(*batch, k)``: NaN in instances marked ``failed``."""
-    return value + _Gate.apply(_only_derivative(other), failed)
+def moved_like(value: Tensor, other: Tensor) -> Tensor:
+    """Return ``value`` with the derivative of ``other``, both ``(*batch, k)``."""
+    return value + _only_derivative(other)
 
 
 def gate(v: Tensor, failed: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ def relax(
     if isinstance(problem, BarrierForm):
         slacks, there = problem.slacks(near.x)
         fields["s"] = torch.where(there.row, slacks.row, 0.0)
-        fields["lam"], fields["lam_lower"], fields["lam_upper"] = problem.multipliers(near.x)
+        fields["lam"], low, high = problem.multipliers(near.x)
+        # (Zero for fixed variables, whose forces are multipliers of the barrier problem; those of all others are zero.)
+        fields["lam_lower"], fields["lam_upper"] = low + near.lam_lower, high + near.lam_upper
     else:
         fields |= {name: getattr(near, name) for name in ("s", "lam", "lam_lower", "lam_upper")}
     if bool((failed & ~bad).any()):
@@ -95,7 +97,7 @@ def relax(
             stacklevel=5,
         )
     moved = {
-        name: implicit.moved_like(getattr(solution, name).detach(), value.to(form.dtype), failed)
+        name: implicit.moved_like(getattr(solution, name).detach(), value.to(form.dtype))
         for name, value in fields.items()
     }
     label = f"{settings.relaxation_mode}({size:g})"

@@ -83,6 +83,9 @@ def reference(data: Values, kappa: float, start: np.ndarray) -> Tensor:
     finite = torch.where(s.isinf(), 0.0, s)
     low = torch.where(fixed, 0.0, kappa / (x - data["lower"]))
     high = torch.where(fixed, 0.0, kappa / (data["upper"] - x))
+    # A fixed variable's force, lam_upper - lam_lower, is what stationarity leaves for it.
+    Q, A, G = 0.5 * (data["Q"] + data["Q"].mT), data["A"], data["G"]
+    high = torch.where(fixed, -(Q @ x + data["q"] + A.mT @ nu + G.mT @ (kappa / s)), high)
     return torch.cat([x, finite, nu, kappa / s, low, high])
 
 
@@ -111,7 +114,7 @@ def test_the_gradient_is_that_of_the_central_path(name: str, kappa: float) -> No
         weights[5 + 1] = 0.0  # the slack of a row that is not there
     finite = torch.where(y.isfinite(), y, 0.0)
     if name == "fixed variable":
-        weights[-10 + 1] = weights[-5 + 1] = 0.0  # how its force is divided is a convention
+        weights[-10 + 1] = -weights[-5 + 1]  # (how its force is divided is a convention)
     gradient = dict(zip(leaves, torch.autograd.grad((weights * finite).sum(), list(leaves.values())), strict=True))
     t = 1e-6 if kappa < 0.1 else 6e-6
     for i, (piece, value) in enumerate(data.items()):
