@@ -359,7 +359,8 @@ def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
     shifted = _shifted(exact, t)
     second = solve(_with_held(shifted, held), False)
     point, dependent = _unheld(shifted, held, t, second)
-    found = _judged(shifted.detach(), point, least, second, tolerance)
+    rounded = kkt.Point(*(v.detach().to(form.dtype).double() for v in point))
+    found = _judged(shifted.detach(), rounded, least, second, tolerance)
     status, residuals, spoiled = found
     counts = torch.stack([first.iterations + least.iterations + second.iterations, second.weakly_active, dependent])
     point = kkt.Point(*(gate(v, spoiled) for v in point))
@@ -505,7 +506,7 @@ def _judged(form: Form, point: kkt.Point, least: Solution, found: Solution, tole
 
     ``spoiled``: instances that the second phase solved and that fail all the same.
     """
-    own = torch.stack(kkt.residuals(form, kkt.Point(*(v.detach() for v in point))))
+    own = torch.stack(kkt.residuals(form, point))
     residuals = torch.maximum(own, least.report.residuals)
     worst = residuals.amax(0)
     status = torch.where(worst <= max(ALMOST, tolerance), int(Status.ALMOST_SOLVED), int(Status.NUMERICAL_ERROR))
