@@ -130,7 +130,7 @@ class Backend(ABC):
         failed = failed | (status == Status.NONFINITE_INPUT)
         # An infeasible or non-finite instance has no solution: NaN, so that no loss can use it unawares.
         point = kkt.Point(*(torch.where(failed.unsqueeze(-1), torch.nan, v) for v in point))
-        stacked = torch.where(failed, torch.nan, torch.stack(residuals))
+        stacked = torch.where(failed, torch.nan, torch.stack(residuals)).to(form.dtype)
         return kkt.Solved(
             point, status, stacked, raw.certificate, self.name, raw.executor, raw.iterations, system=raw.system
         )
