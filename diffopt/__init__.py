@@ -26,6 +26,7 @@ from diffopt.errors import (
     SolveFailed,
     UnknownBackend,
 )
+from diffopt.infeasible import Elastic
 from diffopt.layer import Layer, solve, solve_qp
 from diffopt.linalg import Dense, Diagonal, DiagonalPlusLowRank
 from diffopt.problems import (
@@ -39,7 +40,7 @@ from diffopt.problems import (
     given,
     learned,
 )
-from diffopt.solution import Certificate, Residuals, Solution, Status
+from diffopt.solution import Certificate, Residuals, Shifts, Solution, Status
 from diffopt.solvers.settings import Settings
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "DiffoptError",
     "DiffoptWarning",
     "DtypeError",
+    "Elastic",
     "GradientCheckFailed",
     "InaccurateSolutionWarning",
     "Layer",
@@ -72,6 +74,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "ShapeError",
+    "Shifts",
     "Solution",
     "SolveFailed",
     "Status",

@@ -73,7 +73,7 @@ def attach(form: Form, prepared: Prepared) -> Solution:
         passes NaN to whatever asks for its derivative, and exactly zero where the incoming gradient is zero.
     """
     found, safe, system = prepared.found, prepared.safe, prepared.system
-    attached = _needs_graph(form)
+    attached = needs_graph(form)
     point = _attached_point(form, system, safe, found.point) if attached else found.point
 
     def value() -> Tensor:
@@ -105,7 +105,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
 
     Differentiable in: see `attach`.
     """
-    attached = _needs_graph(form)
+    attached = needs_graph(form)
     counts = found.counts
     # (Which way is taken must not depend on values: one instance's kink would change its neighbours' last bits.)
     if counts is None or (attached and (found.pullback is None or kink_rule != "inactive")):
@@ -279,7 +279,8 @@ def _forward_mode(form: Form) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in form.tensors().values())
 
 
-def _needs_graph(form: Form) -> bool:
+def needs_graph(form: Form) -> bool:
+    """Return whether anything asks for derivatives in the form's tensors."""
     tensors = form.tensors().values()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
@@ -558,7 +559,10 @@ class _Solve(torch.autograd.Function):
         if ctx.zero and not torch.is_grad_enabled():
             # A step that is zero has a first derivative that does not see K's own change.
             return (None, None, None, *y, *([None] * ctx.count))
-        return (None, None, None, *y, *_data_gradients(op, data, y, u, ctx.transpose))
+        # A failed instance whose derivative nobody asked for (u = 0) adds nothing to a higher one: y may be NaN there.
+        idle = op.system.failed & ~torch.stack([(v != 0).any(-1) for v in u if v.shape[-1]]).any(0)
+        y_used = Blocks(*(torch.where(idle.unsqueeze(-1), 0.0, v) for v in y))
+        return (None, None, None, *y, *_data_gradients(op, data, y_used, u, ctx.transpose))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
@@ -674,6 +678,16 @@ class _Gate(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (failed,) = ctx.saved_tensors
         return _gated(tangent, failed)
+
+
+def moved_like(value: Tensor, other: Tensor) -> Tensor:
+    """Return ``value`` with the derivative of ``other``, both ``(*batch, k)``."""
+    return value + _only_derivative(other)
+
+
+def gate(v: Tensor, failed: Tensor) -> Tensor:
+    """Return v ``(*batch, k)``, whose derivative in instances marked ``failed`` is NaN unless it is not asked for."""
+    return _Gate.apply(v, failed)
 
 
 def _gated(v: Tensor, failed: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit
+from diffopt import implicit, infeasible, relaxed
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
@@ -21,6 +21,7 @@ from diffopt.errors import (
     SettingsError,
     SolveFailed,
 )
+from diffopt.infeasible import Elastic
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.precision import full_precision, lowered, raised
 from diffopt.problems.base import DifferentiableProblem, Params
@@ -29,6 +30,7 @@ from diffopt.solution import REMEDIES, Solution, Status
 from diffopt.solvers.settings import Settings
 
 OnFailure = Literal["raise", "return"]
+OnInfeasible = Elastic | Literal["elastic", "closest"] | None
 _DEFAULT = Settings()
 MOST_NAMED = 8
 
@@ -46,9 +48,14 @@ class Layer(nn.Module):
         settings: see `Settings`.
         on_failure: ``"raise"`` (default) raises `SolveFailed` when any instance is not solved;
             ``"return"`` returns all of them, and ``solve(...).ok`` says which to use.
+        on_infeasible: what becomes of a quadratic program that no x satisfies. ``None`` (default): it fails.
+            ``"elastic"`` or an `Elastic`: its constraints are soft, at a price (in every instance, feasible or
+            not). ``"closest"``: the sides b, h, lower and upper are shifted by the least shifts, in the 2-norm of
+            all of them, that some x satisfies, and that program is solved; feasible instances are left as they
+            are. `Solution.shifts` says by how much.
 
     Raises:
-        UnknownBackend, BackendNotInstalled: at construction.
+        UnknownBackend, BackendNotInstalled, SettingsError: at construction.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class Layer(nn.Module):
         backend: str | Backend = "auto",
         settings: Settings | None = None,
         on_failure: OnFailure = "raise",
+        on_infeasible: OnInfeasible = None,
     ) -> None:
         super().__init__()
         if not isinstance(problem, DifferentiableProblem):
@@ -68,8 +76,9 @@ class Layer(nn.Module):
         self.backend = _checked_backend(backend)
         self.settings = _checked_settings(settings)
         self.on_failure: OnFailure = _checked_policy(on_failure)
+        self.on_infeasible: infeasible.Policy = infeasible.checked_policy(on_infeasible)
         self._parts: dict[str, tuple[str | float, ...]] = {}
-        for name, declared in problem.declared.items():
+        for name, declared in (problem.declared | infeasible.declared_weights(self.on_infeasible)).items():
             kept: list[str | float] = []
             for part_name, part in zip(declared.part_names(name), declared.parts, strict=False):
                 if not isinstance(part, Tensor):
@@ -95,8 +104,8 @@ class Layer(nn.Module):
 
         Args:
             ordered: the first of the parameters below, in the order of ``problem.given_names()``.
-            given: the parameters that the problem does not declare learned or fixed, by name;
-                batch dimensions lead and broadcast, a tensor without them is shared.
+            given: the parameters that the problem does not declare learned or fixed, by name (and weights of `Elastic`
+                constraints that are declared so); batch dimensions lead and broadcast, a tensor without them is shared.
 
         Raises:
             ParameterError, ShapeError, DtypeError, DeviceError: bad input, before anything is solved.
@@ -114,8 +123,12 @@ class Layer(nn.Module):
 
     def _solve(self, given: Mapping[str, Any]) -> Solution:
         own = {name: self._own(parts) for name, parts in self._parts.items()}
-        params = self.problem.collect(given, own)
-        return _solve_form(self.problem.standard_form(params), self.backend, self.settings, self.on_failure)
+        policy = self.on_infeasible
+        weights: dict[str, Any] = {}
+        if policy is not None:
+            weights, given = infeasible.take_weights(policy, given, own)
+        form = self.problem.standard_form(self.problem.collect(given, own))
+        return _solve_form(form, self.backend, self.settings, self.on_failure, policy, weights)
 
     def _named(self, ordered: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
         """Return all values by name."""
@@ -149,24 +162,31 @@ def solve(
     backend: str | Backend = "auto",
     settings: Settings | None = None,
     on_failure: OnFailure = "raise",
+    on_infeasible: OnInfeasible = None,
 ) -> Solution:
     """Solve a batch of problems of any class.
 
     Args:
         problem: the problem class; its learned and fixed values are those of its declarations.
         params: the other parameter values, by name.
-        backend, settings, on_failure: as in `Layer`.
+        backend, settings, on_failure, on_infeasible: as in `Layer`.
 
     Returns, raises, differentiable in: as `Layer.solve`.
     """
     solver, chosen, policy = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    soft = infeasible.checked_policy(on_infeasible)
+
+    def run(params: Params) -> Solution:
+        weights, given = infeasible.take_weights(soft, params)
+        form = problem.standard_form(problem.collect(given))
+        return _solve_form(form, solver, chosen, policy, soft, weights)
+
     params = params or {}
     if lowered():
         own = (part for declared in problem.declared.values() for part in declared.parts if isinstance(part, Tensor))
         with full_precision():
-            form = problem.standard_form(problem.collect(raised(params, own)))
-            return _solve_form(form, solver, chosen, policy)
-    return _solve_form(problem.standard_form(problem.collect(params)), solver, chosen, policy)
+            return run(raised(params, own))
+    return run(params)
 
 
 def solve_qp(
@@ -182,6 +202,7 @@ def solve_qp(
     backend: str | Backend = "auto",
     settings: Settings | None = None,
     on_failure: OnFailure = "raise",
+    on_infeasible: OnInfeasible = None,
 ) -> Solution:
     r"""Solve a batch of quadratic programs.
 
@@ -189,7 +210,7 @@ def solve_qp(
 
     Args:
         Q, q, A, b, G, h, lower, upper: as in `QPForm`; Q = ``None`` is a linear program.
-        backend, settings, on_failure: as in `Layer`.
+        backend, settings, on_failure, on_infeasible: as in `Layer`.
 
     Returns:
         :class:`Solution`, with the signs stated there.
@@ -198,30 +219,70 @@ def solve_qp(
         ShapeError, DtypeError, DeviceError, ParameterError, BackendError, SolveFailed: as `Layer.solve`.
 
     Differentiable in:
-        every tensor given; Q's gradient is symmetric. Where a constraint is weakly active the
-        derivative follows ``settings.kink_rule``.
+        every tensor given, the weights of an `Elastic` too; Q's gradient is symmetric. Where a constraint is
+        weakly active the derivative follows ``settings.kink_rule``.
 
     References:
         Amos and Kolter (2017), "OptNet", equations 6 to 8 (dG there has a factor D(lam) too many).
     """
     solver, chosen, policy = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    soft, weights = None, None
+    if on_infeasible is not None:
+        soft = infeasible.checked_policy(on_infeasible)
+        weights = infeasible.take_weights(soft, {})[0]
     if lowered():
         data = {"Q": Q, "q": q, "A": A, "b": b, "G": G, "h": h, "lower": lower, "upper": upper}
         with full_precision():
-            return _solve_form(QPForm(**raised(data)), solver, chosen, policy)
-    return _solve_form(QPForm(Q, q, A, b, G, h, lower, upper), solver, chosen, policy)
+            return _solve_form(QPForm(**raised(data)), solver, chosen, policy, soft, weights)
+    return _solve_form(QPForm(Q, q, A, b, G, h, lower, upper), solver, chosen, policy, soft, weights)
 
 
-def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
+def _solve_form(
+    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, policy: infeasible.Policy = None,
+    weights: dict[str, Any] | None = None,
+) -> Solution:  # fmt: skip
+    if policy is None:
+        solution, solved = _attached(form, backend, settings)
+    else:
+        if policy == "closest" and settings.relaxation is not None:
+            raise SettingsError(
+                "`relaxation` and on_infeasible='closest' do not go together: the closest problem has no interior, "
+                "and so no central path. Use on_infeasible='elastic', or leave `relaxation` out."
+            )
+
+        def each(form: QPForm) -> Solution:
+            return _attached(form, backend, settings)[0]
+
+        solution = infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype))
+        solved = False
+    if not solved:
+        _report(solution, on_failure)
+    return solution
+
+
+def _attached(form: Form, backend: str | Backend, settings: Settings) -> tuple[Solution, bool]:
+    """Return the solution, attached to the form, and whether all of it is known to be solved."""
     solver = choose(backend, form)
+    if settings.relaxation is None:
+        return _exactly(form, solver, settings)
+    relaxed.check(form)
+    solution, solved = _exactly(form, solver, settings)
+    if not implicit.needs_graph(form):
+        return solution, solved
+
+    def work(plain: Form) -> Any:
+        return choose(backend, plain).solve(plain, settings)
+
+    return relaxed.relax(form, solution, settings, work, _plainly), solved
+
+
+def _exactly(form: Form, solver: Backend, settings: Settings) -> tuple[Solution, bool]:
     if not _transforms_active():
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
         with torch.no_grad():
             found = solver.solve(form, settings, keep)
         solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
-        if not found.solved:
-            _report(solution, on_failure)
-        return solution
+        return solution, found.solved
     names = list(form.tensors())
     done: list[implicit.Prepared] = []
 
@@ -233,9 +294,21 @@ def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failu
         done.append(implicit.prepare(plain, found, settings.kink_rule, weak))
 
     _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
-    solution = implicit.attach(form, done[0])
-    _report(solution, on_failure)
-    return solution
+    return implicit.attach(form, done[0]), False
+
+
+def _plainly(form: Form, work: Callable[[Form], Any]) -> Any:
+    """Call a function with the form over plain tensors, also inside the transforms of ``torch.func``."""
+    if not _transforms_active():
+        with torch.no_grad():
+            return work(form.detach())
+    names, done = list(form.tensors()), []
+
+    def run(tensors: tuple[Tensor, ...]) -> None:
+        done.append(work(form.with_tensors(dict(zip(names, tensors, strict=True))).detach()))
+
+    _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
+    return done[0]
 
 
 # Whether a transform of torch.func is at work. Where torch cannot tell, assume so: the way through it is always right.

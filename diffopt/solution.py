@@ -68,6 +68,19 @@ class Report(NamedTuple):
     counts: Tensor
 
 
+class Shifts(NamedTuple):
+    """How far the sides of the constraints were moved, in their units: x satisfies Ax = b + eq, Gx <= h + row
+    and lower - low <= x <= upper + high, and is optimal for these (multipliers too).
+
+    ``eq`` ``(*batch, p)`` has any sign; ``row`` ``(*batch, m)``, ``low`` and ``high`` ``(*batch, n)`` are >= 0.
+    """
+
+    eq: Tensor
+    row: Tensor
+    low: Tensor
+    high: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Solution:
     """The solution of a batch of problems. Signs: Lagrangian = f + nu'(Ax - b) + lam'(Gx - h)
@@ -96,8 +109,12 @@ class Solution:
             ``None`` (when no instance has one); see `Certificate`.
         backend, executor: who found the point.
         report: residuals and counts as they are kept; see `Report`.
+        shifts: under ``on_infeasible="elastic"`` or ``"closest"``, how far each constraint was moved; else ``None``.
+        gradient: what the derivatives are: ``"exact"``, or how they were relaxed (`Settings.relaxation`).
+        gradient_residual: ``(*batch,)``, worst relative residual of the relaxed problem whose derivative is
+            taken; above 1e-6 that problem was not solved, and the gradient is NaN. ``None`` for exact gradients.
 
-    x, s, lam, nu, lam_lower, lam_upper and value are differentiable in every tensor of the
+    x, s, lam, nu, lam_lower, lam_upper, value and shifts are differentiable in every tensor of the
     problem's data; the other fields are not. Registered as a pytree.
     """
 
@@ -113,6 +130,9 @@ class Solution:
     backend: str
     executor: str
     _value: Tensor | Callable[[], Tensor] = field(repr=False)
+    shifts: Shifts | None = None
+    gradient: str = "exact"
+    gradient_residual: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
@@ -181,18 +201,22 @@ def status_counts(status: Tensor) -> str:
     return ", ".join(f"{Status(int(c)).name}: {int(k)}" for c, k in zip(codes, counts, strict=True))
 
 
-_CHILDREN = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status", "report", "certificate")
+_CHILDREN = (
+    *("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status", "report", "certificate"),
+    *("shifts", "gradient_residual"),
+)
 
 
-def _flatten(solution: Solution) -> tuple[list[Any], tuple[str, str]]:
+def _flatten(solution: Solution) -> tuple[list[Any], tuple[str, str, str]]:
     children = [getattr(solution, name) for name in _CHILDREN]
-    return [*children, solution.value], (solution.backend, solution.executor)
+    return [*children, solution.value], (solution.backend, solution.executor, solution.gradient)
 
 
-def _unflatten(children: Any, context: tuple[str, str]) -> Solution:
+def _unflatten(children: Any, context: tuple[str, str, str]) -> Solution:
     *fields, value = children
     named = dict(zip(_CHILDREN, fields, strict=True))
-    return Solution(**named, backend=context[0], executor=context[1], _value=value)
+    backend, executor, gradient = context
+    return Solution(**named, backend=backend, executor=executor, gradient=gradient, _value=value)
 
 
 pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="diffopt.Solution")

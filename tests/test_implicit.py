@@ -378,6 +378,20 @@ def test_where_over_a_failed_instance_is_no_mask_but_indexing_is():
     assert squares.isfinite() and torch.autograd.grad(squares, data[1])[0][1].isnan().all()
 
 
+@pytest.mark.parametrize("executor", ["torch", "auto"])
+def test_a_masked_failure_leaves_no_trace_in_second_derivatives(executor):
+    q, lower = torch.randn(2, 2, dtype=f64).requires_grad_(), tensor([-0.1, -0.1], [2.0, 0.0], grad=True)
+    Q = torch.eye(2, dtype=f64).repeat(2, 1, 1).requires_grad_()
+    settings = Settings(executor=executor)
+    solution = diffopt.solve_qp(Q, q, lower=lower, upper=1.0, on_failure="return", settings=settings)
+    assert solution.ok.tolist() == [True, False]
+    data = (Q, q, lower)
+    first = torch.autograd.grad(solution.x[solution.ok].square().sum(), data, create_graph=True)
+    # Of all gradients, those of the failed instance (zeros) too.
+    second = torch.autograd.grad(sum(g.sum() for g in first), data)
+    assert all(g[0].isfinite().all() and not g[1].any() for g in second) and second[1][0].any()
+
+
 def test_iteration_limit_keeps_its_iterate_but_has_no_gradient():
     data = random_qp()
     solution = diffopt.solve_qp(*data, settings=Settings(max_iterations=1), on_failure="return")

@@ -15,8 +15,10 @@ ALLOWED = {
     "kkt": GROUND | {"problems"},
     "backends": GROUND | {"problems", "solvers", "kkt", "backends"},
     "implicit": GROUND | {"problems", "kkt"},
-    "layer": GROUND | {"problems", "solvers", "backends", "implicit"},
-    "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "layer", "check"},
+    "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "implicit"},
+    "infeasible": GROUND | {"problems", "kkt", "backends", "implicit"},
+    "layer": GROUND | {"problems", "solvers", "backends", "implicit", "infeasible", "relaxed"},
+    "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "layer", "check"},
 } | {name: GROUND for name in GROUND}
 
 

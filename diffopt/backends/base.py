@@ -121,13 +121,13 @@ class Backend(ABC):
         s = -form.inequalities(raw.x) if raw.s is None else raw.s
         s = s + form.cone.violation(s)  # in the cone; what was outside counts as primal residual
         point = kkt.Point(raw.x, s, raw.nu, raw.lam, raw.lam_lower, raw.lam_upper)
-        residuals = kkt.residuals(form, point) if raw.residuals is None else raw.residuals
+        residuals = _residuals(form, point) if raw.residuals is None else raw.residuals
         status = _checked(raw.status, residuals.worst(), settings.tolerance_for(form.dtype))
         failed = (status == Status.PRIMAL_INFEASIBLE) | (status == Status.DUAL_INFEASIBLE)
         failed = failed | (status == Status.NONFINITE_INPUT)
         # An infeasible or non-finite instance has no solution: NaN, so that no loss can use it unawares.
         point = kkt.Point(*(torch.where(failed.unsqueeze(-1), torch.nan, v) for v in point))
-        stacked = torch.where(failed, torch.nan, torch.stack(residuals))
+        stacked = torch.where(failed, torch.nan, torch.stack(residuals)).to(form.dtype)
         return kkt.Solved(
             point, status, stacked, raw.certificate, self.name, raw.executor, raw.iterations, system=raw.system
         )
@@ -135,6 +135,13 @@ class Backend(ABC):
     @abstractmethod
     def _solve(self, form: Form, settings: Settings) -> RawPoint:
         """Find a point of every instance. Must not raise because of values: use statuses."""
+
+
+def _residuals(form: Form, point: kkt.Point) -> Residuals:
+    # In float64: a float32 sum whose terms cancel can hide a violation that is there.
+    if isinstance(form, QPForm):
+        form, point = form.widened(), kkt.Point(*(v.double() for v in point))
+    return kkt.residuals(form, point)
 
 
 def _checked(status: Tensor, worst: Tensor, tolerance: float) -> Tensor:

@@ -215,6 +215,15 @@ class QPForm(Form):
             setattr(twin, name, tensors[name])
         return twin
 
+    def widened(self) -> QPForm:
+        """Return the form over float64 tensors, attached."""
+        if self.dtype == torch.float64:
+            return self
+        Q = self.Q.with_tensors(*(tensor.double() for tensor in self.Q.tensors()))
+        lower, upper = (None if v is None else v.double() for v in (self.lower, self.upper))
+        q, A, b, G, h = (v.double() for v in (self.q, self.A, self.b, self.G, self.h))
+        return QPForm(Q, q, A, b, G, h, lower, upper, None if self.cone is self.signature.cone else self.cone)
+
     def instance(self, index: int) -> QPForm:
         """Return the problem of one instance, by its place in the flattened batch, without batch dimensions."""
         place = torch.unravel_index(torch.tensor(index), self.batch_shape) if self.batch_shape else ()

@@ -65,7 +65,7 @@ def solve(
     """
     # The n x n form loses what stands between its smallest and largest weight; the others need no refinement.
     refinements = 2 if system.reduction == "primal" else 0
-    state = _start(qp, system)
+    state = start(qp, system)
     shape = qp.batch
     best, best_residual = state, torch.full(shape, torch.inf, dtype=qp.q.dtype, device=qp.q.device)
     stopped = ~run.expand(shape)
@@ -124,7 +124,7 @@ def solve(
     return Outcome(best, best_residual, iterations, primal_infeasible, dual_infeasible, failed)
 
 
-def _start(qp: ScaledQP, system: Saddle) -> State:
+def start(qp: ScaledQP, system: Saddle) -> State:
     """Return the minimiser of the objective plus 1/2 |Cx - d|^2 over the rows, and s and z from its distances.
 
     A row whose side is far away counts less, so that a bound of 1e12 that nobody will meet does

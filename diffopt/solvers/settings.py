@@ -10,6 +10,7 @@ import torch
 from diffopt.errors import SettingsError
 
 KinkRule = Literal["inactive", "active", "central", "minimum_norm"]
+RelaxationMode = Literal["central_path", "ridge"]
 KINK_RULES: tuple[str, ...] = ("inactive", "active", "central", "minimum_norm")
 
 
@@ -36,6 +37,13 @@ class Settings:
         executor: who carries out the primary backend's method: ``"auto"`` (default) takes compiled code
             where it can take the problem, ``"torch"`` torch operations, ``"cpu"`` or ``"cuda"`` insist on
             compiled code. Affects speed, not what is solved; `Solution.executor` says who it was.
+        relaxation: ``None`` (default): gradients are exact. A positive number: solutions are exact, but x, s and the
+            multipliers get the derivatives of a problem nearby, for programs whose exact derivative is zero or a
+            jump (linear ones). Larger is smoother, and further from the exact derivative. `Solution.gradient`
+            names what was done. The optimal value keeps its exact derivative.
+        relaxation_mode: which problem nearby: ``"central_path"`` (default), the point with s_i lam_i = relaxation for
+            every inequality and bound (in units of the objective), or ``"ridge"``, the solution with
+            Q + relaxation I (objective units per squared unit of x).
     """
 
     tolerance: float | None
@@ -45,6 +53,8 @@ class Settings:
     polish: bool
     reduction: Literal["auto", "dual", "diagonal", "primal"]
     executor: Literal["auto", "torch", "cpu", "cuda"]
+    relaxation: float | None
+    relaxation_mode: RelaxationMode
 
     def __init__(
         self,
@@ -56,6 +66,8 @@ class Settings:
         polish: bool = True,
         reduction: Literal["auto", "dual", "diagonal", "primal"] = "auto",
         executor: Literal["auto", "torch", "cpu", "cuda"] = "auto",
+        relaxation: float | None = None,
+        relaxation_mode: RelaxationMode = "central_path",
         **unknown: Any,
     ) -> None:
         names = [f.name for f in fields(type(self))]
@@ -70,7 +82,14 @@ class Settings:
         _check("reduction", reduction, reduction in reductions, f"one of {', '.join(map(repr, reductions))}")
         executors = ("auto", "torch", "cpu", "cuda")
         _check("executor", executor, executor in executors, f"one of {', '.join(map(repr, executors))}")
-        values = (tolerance, int(max_iterations), kink_rule, weak_tolerance, bool(polish), reduction, executor)
+        positive = relaxation is None or 0 < relaxation < float("inf")
+        _check("relaxation", relaxation, positive, "None or a positive number")
+        modes = ("central_path", "ridge")
+        _check("relaxation_mode", relaxation_mode, relaxation_mode in modes, f"one of {', '.join(map(repr, modes))}")
+        values = (
+            *(tolerance, int(max_iterations), kink_rule, weak_tolerance, bool(polish), reduction, executor),
+            *(None if relaxation is None else float(relaxation), relaxation_mode),
+        )
         for name, value in zip(names, values, strict=True):
             object.__setattr__(self, name, value)
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import diffopt
 from closed_forms import FAILURES, everything, failing, form
 from diffopt import Diagonal, DiagonalPlusLowRank, QPForm, Settings, Status
 from diffopt.backends import Backend, Capabilities, InstancePoint, RawPoint, instances, stack
@@ -106,6 +107,17 @@ def test_a_loose_tolerance_is_one_for_success():
     q = torch.tensor([0.5], dtype=f64)
     found = Fixed(x=-q + 1e-4).solve(quadratic(q), Settings(tolerance=1e-3))
     assert found.status == Status.SOLVED
+
+
+def test_residuals_of_float32_data_are_taken_in_float64():
+    # Rounded to float32, x_1 = -13650 leaves a violation of 1.3e-5 of the equality; a float32 sum shows 3e-6.
+    Q, q = torch.tensor([[0.0, 0.0], [0.0, 5.1626e-05]]), torch.tensor([0.0, 0.7048])
+    A, b = torch.tensor([[-1.3123, 0.0480]]), torch.tensor([-0.7648])
+    for executor in ("auto", "torch"):
+        solution = diffopt.solve_qp(Q, q, A, b, on_failure="return", settings=Settings(executor=executor))
+        true = float((A.double() @ solution.x.double() - b.double()).abs() / (1 + b.double().abs()))
+        assert true > 1e-5 and float(solution.residuals.primal) == pytest.approx(true, rel=1e-3)
+        assert solution.status == Status.NUMERICAL_ERROR
 
 
 def test_slacks_are_derived_unless_given():

@@ -1,0 +1,124 @@
+"""One layer under load: many threads at once, and ten thousand calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffopt
+from diffopt import Elastic, Settings
+
+FLOAT64 = torch.float64
+ROOT = Path(diffopt.__file__).parents[1]
+
+
+def layer(**options: Any) -> diffopt.Layer:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(4, 4, generator=generator, dtype=FLOAT64)
+    structure = diffopt.QPStructure(
+        4,
+        Q=diffopt.learned(root @ root.mT + torch.eye(4, dtype=FLOAT64)),
+        q=diffopt.given(),
+        G=diffopt.learned(torch.randn(2, 4, generator=generator, dtype=FLOAT64)),
+        h=diffopt.given(),
+        lower=-1.0,
+    )
+    return diffopt.Layer(structure, **options)
+
+
+def inputs(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(3, 4, generator=generator, dtype=FLOAT64)
+    return {"q": q, "h": 0.3 + torch.rand(3, 2, generator=generator, dtype=FLOAT64)}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "compiled": {},
+    "torch": {"settings": Settings(executor="torch")},
+    "relaxed": {"settings": Settings(relaxation=0.1)},
+    "elastic": {"on_infeasible": Elastic("squared")},
+    "closest": {"on_infeasible": "closest"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_eight_threads_call_one_layer(way: str) -> None:
+    shared = layer(**WAYS[way])
+    parameters = list(shared.parameters())
+
+    def answer(seed: int) -> list[Tensor]:
+        data = inputs(seed)
+        if way == "closest":
+            data["h"][0] = -9.0  # with x >= -1, this and what follows cannot all be
+        data = {name: value.requires_grad_() for name, value in data.items()}
+        solution = shared.solve(**data)
+        total = solution.x.square().sum() + solution.value.sum()
+        return [solution.x.detach(), *torch.autograd.grad(total, [*parameters, *data.values()])]
+
+    expected = [answer(seed) for seed in range(8)]
+    wrong: list[Any] = []
+    together = threading.Barrier(8)
+
+    def work(first: int) -> None:
+        try:
+            together.wait()
+            for turn in range(4):
+                seed = (first + turn) % 8
+                if not all(map(torch.equal, answer(seed), expected[seed])):
+                    wrong.append((first, seed))
+        except BaseException as error:
+            wrong.append(error)
+
+    callers = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+MEMORY = """
+import sys
+sys.path.insert(0, "tests")
+import test_under_load as load
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+def call(layer, seed):
+    data = {name: value.requires_grad_() for name, value in load.inputs(seed % 100).items()}
+    layer.zero_grad()
+    solution = layer.solve(**data)
+    (solution.x.square().sum() + solution.value.sum()).backward()
+
+way, calls = sys.argv[1], int(sys.argv[2])
+layer = load.layer(**load.WAYS[way])
+for seed in range(calls // 5):  # what is kept once, for each shape, thread and pool
+    call(layer, seed)
+before = resident()
+for seed in range(calls):
+    call(layer, seed)
+print(resident() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "calls"), [("compiled", 10_000), ("torch", 1_000), ("relaxed", 500), ("closest", 500)])
+def test_memory_stays_flat(way: str, calls: int) -> None:
+    """What one call leaves behind, times the calls, would be more than this: a graph alone is 10 KB."""
+    if not os.path.exists("/proc/self/statm"):  # only Linux says how much is resident
+        return
+    command = [sys.executable, "-c", MEMORY, way, str(calls)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 2_000_000 + 100 * calls, done.stdout
