@@ -9,13 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit
+from diffopt import implicit, transforms
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
-    MAPPED_DATA,
     InaccurateSolutionWarning,
-    NotDifferentiableError,
     ParameterError,
     SettingsError,
     SolveFailed,
@@ -23,7 +21,7 @@ from diffopt.errors import (
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import REMEDIES, Solution, Status
+from diffopt.solution import REMEDIES, Certificate, Report, Solution, Status
 from diffopt.solvers.settings import Settings
 
 OnFailure = Literal["raise", "return"]
@@ -174,55 +172,75 @@ def solve_qp(
 
 
 def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
+    if transforms.active():
+        return _transformed(form, backend, settings, on_failure)
     solver = choose(backend, form)
-    if not _transforms_active():
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
-        with torch.no_grad():
-            found = solver.solve(form, settings, keep)
-        solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
-        if not found.solved:
-            _report(solution, on_failure)
-        return solution
-    names = list(form.tensors())
-    done: list[implicit.Prepared] = []
-
-    def run(tensors: tuple[Tensor, ...]) -> None:
-        plain = form.with_tensors(dict(zip(names, tensors, strict=True))).detach()
-        found = solver.solve(plain, settings)
-        weak = settings.weak_tolerance_for(form.dtype)
-        # (The engine computes in torch operations; where transforms are at work, a pullback is of no use.)
-        done.append(implicit.prepare(plain, found, settings.kink_rule, weak))
-
-    _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
-    solution = implicit.attach(form, done[0])
-    _report(solution, on_failure)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
+    with torch.no_grad():
+        found = solver.solve(form, settings, keep)
+    solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
+    if not found.solved:
+        _report(solution, on_failure)
     return solution
 
 
-# Whether a transform of torch.func is at work. Where torch cannot tell, assume so: the way through it is always right.
-_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+def _transformed(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
+    """Solve inside transforms of ``torch.func``.
+
+    Is the innermost a vmap over the data, then the mapped dimension becomes a leading batch dimension, and the rest is
+    an ordinary call, by the fastest way that there is. Otherwise a derivative is being taken: the problem is solved on
+    tensors unwrapped to the last, and the solution attached to the wrapped ones by its Newton step, which torch
+    then transforms as it does any function.
+    """
+    tensors = form.tensors().values()
+    if any(map(transforms.mapped_here, tensors)):
+        return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure))
+    done: list[implicit.Prepared] = []
+
+    def run(inner: Form) -> tuple[Tensor, ...]:
+        plain = inner.detach()
+        found = choose(backend, plain).solve(plain, settings)
+        prepared = implicit.prepare(plain, found, settings.kink_rule, settings.weak_tolerance_for(plain.dtype))
+        _report(implicit.attach(plain, prepared), on_failure)
+        done.append(prepared)
+        return implicit.flatten(prepared)
+
+    call = transforms.Call(form, run, implicit.BATCH_SECOND, all_layers=True)
+    outputs = transforms.Unwrapped.apply(call, *(tensor.detach() for tensor in tensors))
+    return implicit.attach(form, implicit.unflatten(done[0], outputs), transformed=True)
 
 
-class _Opaque(torch.autograd.Function):
-    """Runs a solver on plain tensors, also inside the transforms of ``torch.func``: those wrap tensors,
-    and an autograd function is where they hand out what is inside."""
+_FIELDS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status")
 
-    @staticmethod
-    def forward(run: Callable[[tuple[Tensor, ...]], None], *tensors: Tensor) -> Tensor:
-        run(tensors)
-        return tensors[0].new_zeros(())
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
+def _unmapped(form: Form, solve: Callable[[Form], Solution]) -> Solution:
+    """Solve with the dimension that the innermost vmap maps as the first batch dimension."""
+    done: list[Solution] = []
 
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], run: Callable[[tuple[Tensor, ...]], None], *tensors: Tensor
-    ) -> tuple[Tensor, None]:
-        if any(dim is not None for dim in in_dims):
-            raise NotDifferentiableError(MAPPED_DATA)
-        return _Opaque.apply(run, *tensors), None
+    def run(inner: Form) -> tuple[Tensor, ...]:
+        solution = solve(inner)
+        done.append(solution)
+        certificate = () if solution.certificate is None else solution.certificate
+        return (*solution.report, *(getattr(solution, name) for name in _FIELDS), *certificate)
+
+    call = transforms.Call(form, run, second=2)
+    residuals, counts, *rest = transforms.Unwrapped.apply(call, *form.tensors().values())
+    fields, certificate = rest[: len(_FIELDS)], rest[len(_FIELDS) :]
+    (whole,) = done
+
+    def value() -> Tensor:
+        # On access, as elsewhere. (The tensors only say which dimension is mapped.)
+        again = transforms.Call(form, lambda _: (whole.value,), second=0)
+        return transforms.Unwrapped.apply(again, *form.tensors().values())[0]
+
+    return Solution(
+        **dict(zip(_FIELDS, fields, strict=True)),
+        report=Report(residuals, counts),
+        certificate=Certificate(*certificate) if certificate else None,
+        backend=whole.backend,
+        executor=whole.executor,
+        _value=value,
+    )
 
 
 def _report(solution: Solution, on_failure: OnFailure) -> None:

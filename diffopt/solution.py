@@ -111,7 +111,7 @@ class Solution:
     @property
     def value(self) -> Tensor:
         """The optimal value, ``(*batch,)``; see the class."""
-        if not isinstance(self._value, Tensor):
+        if callable(self._value):
             object.__setattr__(self, "_value", self._value())
         return self._value  # type: ignore[return-value]
 
@@ -170,18 +170,30 @@ def status_counts(status: Tensor) -> str:
     return ", ".join(f"{Status(int(c)).name}: {int(k)}" for c, k in zip(codes, counts, strict=True))
 
 
-_CHILDREN = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status", "report", "certificate")
+_CHILDREN = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status", "value")
 
 
 def _flatten(solution: Solution) -> tuple[list[Any], tuple[str, str]]:
+    # Every child has the batch dimensions first: where a transform adds one, it is the same for all of them.
     children = [getattr(solution, name) for name in _CHILDREN]
-    return [*children, solution.value], (solution.backend, solution.executor)
+    children += [_three(part, 0, -1) for part in solution.report]
+    # Without a certificate there is no child for one: ``None`` would be a leaf, and transforms return tensors only.
+    certificate = [] if solution.certificate is None else [solution.certificate]
+    return children + certificate, (solution.backend, solution.executor)
 
 
 def _unflatten(children: Any, context: tuple[str, str]) -> Solution:
-    *fields, value = children
-    named = dict(zip(_CHILDREN, fields, strict=True))
-    return Solution(**named, backend=context[0], executor=context[1], _value=value)
+    *fields, value, residuals, counts = list(children)[:10]
+    certificate = None if len(children) == 10 else children[10]
+    report = Report(_three(residuals, -1, 0), _three(counts, -1, 0))
+    return Solution(
+        *fields, report=report, certificate=certificate, backend=context[0], executor=context[1], _value=value
+    )
+
+
+def _three(part: Any, place: int, target: int) -> Any:
+    """Move the dimension of size 3 of a part of a `Report`; trees also hold other things than tensors."""
+    return part.movedim(place, target) if isinstance(part, Tensor) and part.dim() else part
 
 
 pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="diffopt.Solution")

@@ -81,12 +81,20 @@ def test_functional_transforms():
     assert wanted.abs().max() > 1e-3 and torch.allclose(torch.func.hessian(loss)(q), wanted, atol=1e-11)
 
 
-def test_vmap_over_the_data_is_refused_in_words():
-    data = random_qp(2, 4, 4, 1, grad=False)
-    with pytest.raises(
-        diffopt.NotDifferentiableError, match="Batch dimensions lead in every call.*pass the batch to the layer"
-    ):
-        torch.func.vmap(lambda q: diffopt.solve_qp(data[0][0], q).x)(data[1])
+@pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.parametrize("inner", [torch.func.jacrev, torch.func.jacfwd])
+def test_second_derivatives_by_every_pair_of_modes(outer, inner):
+    # Forward mode in forward mode too, of which torch does not see a function's inner part by itself.
+    data = [t[0] for t in random_qp(1, 3, 3, 1, grad=False)]
+
+    def loss(Q, A):
+        return everything(Q, data[1], A, *data[3:]).square().sum()
+
+    wanted = torch.autograd.functional.hessian(loss, (data[0], data[2]))
+    found = outer(inner(loss, (0, 1)), (0, 1))(data[0], data[2])
+    for row, expected in zip(found, wanted, strict=True):
+        for got, block in zip(row, expected, strict=True):
+            assert block.abs().max() > 1e-3 and torch.allclose(got, block, rtol=1e-9, atol=1e-9)
 
 
 def test_shared_data_gets_the_sum_and_Q_a_symmetric_gradient():

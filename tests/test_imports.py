@@ -14,8 +14,9 @@ ALLOWED = {
     "solvers": GROUND | {"solvers"},
     "kkt": GROUND | {"problems"},
     "backends": GROUND | {"problems", "solvers", "kkt", "backends"},
-    "implicit": GROUND | {"problems", "kkt"},
-    "layer": GROUND | {"problems", "solvers", "backends", "implicit"},
+    "transforms": GROUND | {"problems"},
+    "implicit": GROUND | {"problems", "kkt", "transforms"},
+    "layer": GROUND | {"problems", "solvers", "backends", "transforms", "implicit"},
     "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "layer", "check"},
 } | {name: GROUND for name in GROUND}
 

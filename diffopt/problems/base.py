@@ -178,6 +178,13 @@ class NonlinearForm(Form):
         vars(twin).update(vars(self), params=dict(tensors))
         return twin
 
+    def core_dims(self) -> tuple[int, ...]:
+        sizes = {name: len(shape) for name, shape in self.problem.params}
+        return tuple(sizes[name] for name in self.params)
+
+    def rebatched(self, tensors: dict[str, Tensor]) -> NonlinearForm:
+        return NonlinearForm(self.problem, tensors)
+
     def objective(self, x: Tensor) -> Tensor:
         return self.problem.objective(x, self.params)
 

@@ -57,6 +57,14 @@ class Form(ABC):
         """Return the same form over other tensors (same names)."""
 
     @abstractmethod
+    def core_dims(self) -> tuple[int, ...]:
+        """Return how many trailing dimensions of each of `tensors` belong to one instance."""
+
+    @abstractmethod
+    def rebatched(self, tensors: dict[str, Tensor]) -> Form:
+        """Return the same form over other tensors (same names), whose batch dimensions may be others."""
+
+    @abstractmethod
     def objective(self, x: Tensor) -> Tensor:
         """Return f(x), ``(*batch,)``."""
 
@@ -184,7 +192,6 @@ class QPForm(Form):
         return known
 
     def core_dims(self) -> tuple[int, ...]:
-        """Return how many trailing dimensions of each of `tensors` belong to one instance."""
         vectors = (1,) * (int(self.lower is not None) + int(self.upper is not None))
         return (*self.Q.core_dims(), 1, 2, 1, 2, 1, *vectors)
 
@@ -214,6 +221,12 @@ class QPForm(Form):
         for name in names[count:]:
             setattr(twin, name, tensors[name])
         return twin
+
+    def rebatched(self, tensors: dict[str, Tensor]) -> QPForm:
+        twin = self.with_tensors(tensors)
+        Q = twin.Q.given if isinstance(twin.Q, Dense) else twin.Q
+        cone = None if self.cone is self.signature.cone else self.cone
+        return QPForm(Q, twin.q, twin.A, twin.b, twin.G, twin.h, twin.lower, twin.upper, cone)
 
     def instance(self, index: int) -> QPForm:
         """Return the problem of one instance, by its place in the flattened batch, without batch dimensions."""
@@ -254,7 +267,7 @@ def bound(name: str, value: Tensor | float | None, n: int, like: Tensor) -> Tens
     if value is None:
         return None
     if isinstance(value, int | float):
-        return like.new_full((n,), float(value))
+        return torch.full((n,), float(value), dtype=like.dtype, device=like.device)  # (shared, also under vmap)
     require_tensor(name, value)
     if value.dim() == 0:
         return value.expand(n)
@@ -268,7 +281,7 @@ def bound(name: str, value: Tensor | float | None, n: int, like: Tensor) -> Tens
 
 def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> SymmetricMatrix:
     if Q is None:
-        return Diagonal(q.new_zeros(n))
+        return Diagonal(torch.zeros(n, dtype=q.dtype, device=q.device))
     if isinstance(Q, SymmetricMatrix):
         if Q.n != n:
             raise ShapeError(f"`Q` is {Q.n} x {Q.n} but q has {n} entries. Expected the same number.")
@@ -305,7 +318,8 @@ def _key(Q: object, q: object, *rest: object) -> tuple[object, ...] | None:
 
 def _no_rows(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
     # Made anew each time: a tensor kept from inside a transform, or a trace, is of no use outside it.
-    return like.new_empty((0, n)), like.new_empty((0,))
+    options: Any = {"dtype": like.dtype, "device": like.device}
+    return torch.empty((0, n), **options), torch.empty((0,), **options)
 
 
 def _rows(
@@ -327,7 +341,7 @@ def _rows(
             f"(*batch, {rows}, {n}), got {tuple(matrix.shape)}.{hint}"
         )
     if isinstance(side, int | float):
-        side = like.new_full((matrix.shape[-2],), float(side))
+        side = torch.full((matrix.shape[-2],), float(side), dtype=like.dtype, device=like.device)
     require_tensor(side_name, side)
     if side.dim() == 0:
         side = side.expand(matrix.shape[-2])
