@@ -157,11 +157,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
         return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
     if attached and _forward_mode(form):
         return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
-    others = []
-    for index, one in found.others:
-        assert isinstance(form, QPForm)
-        others.append((index, prepare(form.instance(index).detach(), one, kink_rule, weak_tolerance)))
-        counts.view(3, -1)[1:, index] = others[-1][1].counts[1:]
+    others = _others(form, found, counts, kink_rule, weak_tolerance)
     values = found.point
     point = values
     if attached:
@@ -182,6 +178,90 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
         executor=found.executor,
         _value=value,
     )
+
+
+def _others(
+    form: Form, found: kkt.Solved, counts: Tensor, kink_rule: str, weak_tolerance: float
+) -> list[tuple[int, Prepared]]:
+    """Prepare the instances that were solved each on its own, and complete their counts."""
+    others = []
+    for index, one in found.others:
+        assert isinstance(form, QPForm)
+        others.append((index, prepare(form.instance(index).detach(), one, kink_rule, weak_tolerance)))
+        counts.view(3, -1)[1:, index] = others[-1][1].counts[1:]
+    return others
+
+
+class Reverse(NamedTuple):
+    """The reverse pass of a solution whose outputs and data are kept elsewhere."""
+
+    task: _Task
+    prepared: Prepared | None
+
+    def first_order(
+        self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients for those tensors of ``form`` (plain) that need one, from those for the point."""
+        task = self.task
+        if task.found.pullback is not None and self.prepared is None:
+            return _pulled(task, form, point, gradients, needed)
+        leaves = {
+            k: v.detach().requires_grad_(need) for (k, v), need in zip(form.tensors().items(), needed, strict=True)
+        }
+        with torch.no_grad():
+            return self.with_graph(form.with_tensors(leaves), point, gradients, needed)
+
+    def with_graph(
+        self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the same for attached tensors of a form, itself attached where gradients are recorded."""
+        places = tuple(i for i, need in enumerate(needed) if need)
+        task = self.task._replace(inputs=places)
+        found = iter(_differentiated(task, form, point, gradients, self.prepared))
+        return tuple(next(found) if need else None for need in needed)
+
+
+def apart(
+    form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float, keep: bool
+) -> tuple[Tensor, Reverse | None]:
+    """Return the counts of a solution (see `Report`), and if ``keep`` its reverse pass, for an operator of torch.
+
+    Args:
+        form: the problem, detached.
+        found: its solution; it may keep the memory of the outputs, not the outputs.
+    """
+    found = found._replace(point=kkt.Point(*(v.detach() for v in found.point)))
+    task = _Task(form, found, tuple(range(6)), (), [], kink_rule, weak_tolerance)
+    counts = found.counts
+    if counts is None or (keep and (found.pullback is None or kink_rule != "inactive")):
+        prepared = prepare(form, found, kink_rule, weak_tolerance)
+        return prepared.counts, Reverse(task, prepared) if keep else None
+    others = _others(form, found, counts, kink_rule, weak_tolerance)
+    return counts, Reverse(task._replace(others=others), None) if keep else None
+
+
+def value_gradients(
+    form: Form, point: kkt.Point, status: Tensor, gradient: Tensor, create_graph: bool
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the gradients that the optimal value passes to the tensors of the form and to the point.
+
+    To the first go the partial derivatives of the Lagrangian. To the second goes zero, of which the derivative is none.
+    """
+    with torch.enable_grad():
+        form = form.with_tensors(_aliases(form.tensors()))
+        point = kkt.Point(*_aliases(point._asdict()).values())
+        failed = _failed(status)
+        plain = kkt.Point(*(v.detach() for v in point))
+        total = _value(form, point, plain, _safe(plain, failed), failed, attached=True)
+        inputs = (*form.tensors().values(), *point)
+        tracked = [v for v in inputs if v.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                total, tracked, gradient, create_graph=create_graph, materialize_grads=True, allow_unused=True
+            )
+        )
+        gradients = tuple(next(found) if v.requires_grad else torch.zeros_like(v) for v in inputs)
+    return gradients[: -len(point)], gradients[-len(point) :]
 
 
 class _Task(NamedTuple):
@@ -252,13 +332,20 @@ class _Pulled(torch.autograd.Function):
         needed = [False] * len(task.form.tensors())
         for place, need in zip(task.inputs, ctx.needs_input_grad[2:], strict=True):
             needed[place] = need
-        assert task.found.pullback is not None
-        found = task.found.pullback.run(point, gradients, tuple(needed))
-        if task.others:
-            form = _with_saved(task, saved[count:])
-            for index, prepared in task.others:
-                _add_other(form, index, prepared, gradients, found)
+        form = _with_saved(task, saved[count:]) if task.others else task.form
+        found = _pulled(task, form, point, gradients, tuple(needed))
         return None, None, *[found[i] for i in task.inputs]
+
+
+def _pulled(
+    task: _Task, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return what the solver's own reverse pass gives for those tensors of the form that need a gradient."""
+    assert task.found.pullback is not None
+    found = task.found.pullback.run(point, gradients, needed)
+    for index, prepared in task.others:
+        _add_other(form, index, prepared, gradients, found)
+    return found
 
 
 def _with_saved(task: _Task, saved: tuple[Tensor, ...]) -> Form:
@@ -304,13 +391,16 @@ def _add_other(
 
 
 def _differentiated(
-    task: _Task, form: Form, point: kkt.Point, grads: tuple[Tensor | None, ...]
+    task: _Task, form: Form, point: kkt.Point, grads: tuple[Tensor | None, ...], prepared: Prepared | None = None
 ) -> tuple[Tensor | None, ...]:
     """Return the reverse pass in torch operations, with a graph of its own where one is asked for."""
     create_graph = torch.is_grad_enabled()
     found = task.found._replace(point=kkt.Point(*(v.detach() for v in point)))
     with torch.enable_grad():
-        again = attach(form, prepare(form.detach(), found, task.kink_rule, task.weak_tolerance))
+        if prepared is None:
+            prepared = prepare(form.detach(), found, task.kink_rule, task.weak_tolerance)
+        form = form.with_tensors(_aliases(form.tensors()))
+        again = attach(form, prepared)
         outputs = (again.x, again.s, again.nu, again.lam, again.lam_lower, again.lam_upper)
         used = [(v, g) for v, g in zip(outputs, grads, strict=True) if g is not None and v.requires_grad]
         tensors = list(form.tensors().values())
@@ -320,13 +410,19 @@ def _differentiated(
         )  # fmt: skip
 
 
+def _aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under names of their own for autograd: one that was computed from another is not to collect
+    its part twice."""
+    return {name: tensor.view_as(tensor) for name, tensor in tensors.items()}
+
+
 def _failed(status: Tensor) -> Tensor:
     return (status != Status.SOLVED) & (status != Status.ALMOST_SOLVED)
 
 
 def _forward_mode(form: Form) -> bool:
     # Outside any level no tensor has a tangent; asking that costs less than asking every tensor.
-    if getattr(forward_ad, "_current_level", 0) < 0:
+    if not transforms.forward_mode():
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in form.tensors().values())
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit, transforms
+from diffopt import implicit, operators, transforms
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
@@ -172,6 +172,8 @@ def solve_qp(
 
 
 def _solve_form(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
+    if torch.compiler.is_compiling():
+        return operators.solution(form, backend, settings, on_failure)
     if transforms.active():
         return _transformed(form, backend, settings, on_failure)
     solver = choose(backend, form)
@@ -262,6 +264,9 @@ def _report(solution: Solution, on_failure: OnFailure) -> None:
         )
 
 
+operators.report = _report
+
+
 def _failure_message(solution: Solution, failed: list[list[int]]) -> str:
     lines = [f"{len(failed)} of {solution.status.numel()} instances were not solved by {solution.backend!r}:"]
     seen: list[Status] = []
@@ -283,7 +288,8 @@ def _index(index: list[int]) -> str:
 
 
 def _checked_backend(backend: str | Backend) -> str | Backend:
-    if not (isinstance(backend, str) and backend == "auto"):
+    # (Inside a graph that is being traced, the operator looks it up when it runs.)
+    if not (isinstance(backend, str) and backend == "auto") and not torch.compiler.is_compiling():
         get(backend)
     return backend
 

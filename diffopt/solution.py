@@ -25,6 +25,8 @@ class Status(IntEnum):
     NONFINITE_INPUT = 7
 
 
+_SOLVED, _ALMOST_SOLVED = int(Status.SOLVED), int(Status.ALMOST_SOLVED)
+
 REMEDIES: dict[Status, str] = {
     Status.UNSOLVED: "no solver has run on it",
     Status.MAX_ITERATIONS: "raise `Settings.max_iterations`, loosen `Settings.tolerance`, or rescale the data",
@@ -138,7 +140,8 @@ class Solution:
     @property
     def ok(self) -> Tensor:
         """True where an instance was solved, ``(*batch,)``; mask with ``sol.x[sol.ok]``."""
-        return (self.status == Status.SOLVED) | (self.status == Status.ALMOST_SOLVED)
+        # (Numbers: torch.compile takes the comparison of a tensor with a member of an enumeration for False.)
+        return (self.status == _SOLVED) | (self.status == _ALMOST_SOLVED)
 
     def __repr__(self) -> str:
         counts = status_counts(self.status)

@@ -1,4 +1,4 @@
-"""What the transforms of ``torch.func`` do to tensors, and the way through them.
+"""What the transforms of ``torch.func`` and operators of torch do to tensors, and the way through them.
 
 A transform wraps tensors, in layers where transforms are nested, and an autograd function is where torch hands out what
 is inside. The outermost wrapper belongs to the innermost transform. (Some names are private to torch: they are used in
@@ -7,7 +7,8 @@ this file alone.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIs
 
 active: Callable[[], bool] = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
 """Return whether any transform is at work."""
+
+
+def forward_mode() -> bool:
+    """Return whether forward mode is at work, that of ``torch.func`` or a dual level of ``torch.autograd``."""
+    return forward_ad._current_level >= 0
 
 
 def mapped_here(tensor: Tensor) -> bool:
@@ -121,3 +127,15 @@ def seen_by_other_forward_modes() -> Any:
     """Return a context for the work of a ``jvp`` rule: torch switches forward mode off there, also for a forward mode
     outside, which has to see it."""
     return forward_ad._set_fwd_grad_enabled(True)
+
+
+_private: Any = torch._C
+_KEYS = _private._dispatch_tls_local_include_set(), _private._dispatch_tls_local_exclude_set()
+
+
+@contextmanager
+def plain_inside_an_operator() -> Iterator[None]:
+    """Let torch work inside the body of a custom operator as it does outside, without a gradient being recorded: there,
+    it leaves out autograd and ``torch.func`` otherwise."""
+    with _private._ForceDispatchKeyGuard(*_KEYS), torch.no_grad():
+        yield

@@ -111,6 +111,14 @@ def test_shared_data_gets_the_sum_and_Q_a_symmetric_gradient():
     assert torch.allclose(shared[0].grad, shared[0].grad.mT, atol=1e-14) and shared[0].grad.abs().max() > 1e-3
 
 
+def test_data_computed_from_other_data_counts_once():
+    q = tensor(-1.0, -2.0, grad=True)
+    for create_graph in (False, True):
+        x = diffopt.solve_qp(torch.eye(2, dtype=f64), q, G=torch.eye(2, dtype=f64), h=q / 4).x  # both rows hold
+        (slope,) = torch.autograd.grad(x.sum(), q, create_graph=create_graph)
+        assert torch.allclose(slope, tensor(0.25, 0.25))
+
+
 def test_first_derivative_of_the_value_solves_no_system(monkeypatch):
     data = random_qp()
     solution = diffopt.solve_qp(*data)

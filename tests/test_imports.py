@@ -8,7 +8,7 @@ import pytest
 import diffopt
 
 ROOT = Path(diffopt.__file__).parent
-GROUND = {"errors", "shapes", "solution", "cones", "linalg", "_version"}
+GROUND = {"errors", "living", "shapes", "solution", "cones", "linalg", "_version"}
 ALLOWED = {
     "problems": GROUND | {"problems"},
     "solvers": GROUND | {"solvers"},
@@ -16,7 +16,8 @@ ALLOWED = {
     "backends": GROUND | {"problems", "solvers", "kkt", "backends"},
     "transforms": GROUND | {"problems"},
     "implicit": GROUND | {"problems", "kkt", "transforms"},
-    "layer": GROUND | {"problems", "solvers", "backends", "transforms", "implicit"},
+    "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
+    "layer": GROUND | {"problems", "solvers", "backends", "transforms", "implicit", "operators"},
     "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "layer", "check"},
 } | {name: GROUND for name in GROUND}
 

@@ -144,7 +144,8 @@ class QPForm(Form):
     ) -> None:
         self._tensors: dict[str, Tensor] | None = None
         # Checks cost more than a small problem, so they are done once for each combination of shapes.
-        key = None if cone is not None else _key(Q, q, A, b, G, h, lower, upper)
+        # (A graph that is being traced has shapes of its own, which may be symbols.)
+        key = None if cone is not None or torch.compiler.is_compiling() else _key(Q, q, A, b, G, h, lower, upper)
         known = None if key is None else _signatures.get(key)
         if known is None:
             known = self._check(Q, q, A, b, G, h, lower, upper, cone)
