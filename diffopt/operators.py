@@ -58,7 +58,7 @@ class Spec(NamedTuple):
 
     def form(self, tensors: Sequence[Tensor]) -> Form:
         """Return the form over these tensors, in the order of ``names``."""
-        named = dict(zip(self.names, tensors, strict=True))
+        named: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
         if self.kind.startswith("#"):
             problem = living.find(int(self.kind[1:]))
             if not isinstance(problem, DifferentiableProblem):
@@ -218,12 +218,12 @@ def _(
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     data, ctx.spec = inputs
     ctx.count = len(data)
-    ctx.save_for_backward(*data, *output[:6], output[6], output[9])
+    ctx.save_for_backward(*data, *output[:6], output[9])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[list[Tensor | None], None]:
-    data, (*point, status, number) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    data, (*point, number) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     gradients, parsed = grads[:6], read(ctx.spec)
     needed = tuple(tensor.requires_grad for tensor in data)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -320,7 +320,7 @@ def _sizes(data: Sequence[Tensor], spec: Spec) -> tuple[int, int, int]:
 
 
 INSIDE = (
-    "Inside torch.compile, a solve can be differentiated by backward() alone: torch gives its operators neither forward "
+    "Inside torch.compile, a solve can be differentiated by backward() alone: torch gives operators neither forward "
     "mode nor the transforms of torch.func. Call those (jvp, jacrev, hessian, vmap, a dual level) on the model without "
     "torch.compile. A batch needs no vmap: batch dimensions lead in every call."
 )
