@@ -341,7 +341,7 @@ def parameters() -> Iterator[Any]:
         yield pytest.param(transform, subject, way, marks=marks, id=f"{transform}-{subject}-{way}".replace("`", ""))
 
 
-@pytest.mark.parametrize(("transform", "subject", "way"), parameters())
+@pytest.mark.parametrize(("transform", "subject", "way"), list(parameters()))
 def test_transform(transform: str, subject: str, way: Way) -> None:
     TRANSFORMS[transform](subject, way)
 
