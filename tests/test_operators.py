@@ -22,6 +22,7 @@ from problems_catalogue import CappedSoftmax, Projection
 from tolerances import EXACT_ALGEBRA
 
 f64 = torch.float64
+STRUCTURES = ("diagonal_plus_low_rank", "linear")
 PROBLEM = known.quadratic_program(3, 5, 2, 4, bounds="both", batch=(3,))
 
 
@@ -90,7 +91,7 @@ def test_a_model_with_a_layer_is_one_graph_whatever_values_and_batch_sizes() -> 
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize("executor", ["auto", "torch"])
+@pytest.mark.parametrize("executor", ["auto", pytest.param("torch", marks=pytest.mark.slow)])
 def test_every_output_and_all_data_of_a_fixed_shape(executor: Any) -> None:
     settings = diffopt.Settings(executor=executor)
 
@@ -126,7 +127,7 @@ def test_inductor() -> None:
         assert measures.relative(gradient, same[name].grad) <= EXACT_ALGEBRA, name
 
 
-@pytest.mark.parametrize("form", ["diagonal", "diagonal_plus_low_rank", "linear"])
+@pytest.mark.parametrize("form", ["diagonal", *(pytest.param(f, marks=pytest.mark.slow) for f in STRUCTURES)])
 def test_structures_of_the_hessian(form: str) -> None:
     generator = torch.Generator().manual_seed(0)
     d, U = 1 + torch.rand(4, generator=generator, dtype=f64), torch.randn(4, 2, generator=generator, dtype=f64)

@@ -329,15 +329,16 @@ def cases() -> Iterator[tuple[str, str, Way]]:
 
 
 CASES = list(cases())
-LONG = ("`gradcheck`, batched and forward too", "`gradgradcheck`", "`torch.compile`, `backward`", "`torch.export`")
+ALWAYS = ("`backward`", "`torch.func.jvp`", "`vmap` over data", "`hessian`")
 
 
 def parameters() -> Iterator[Any]:
-    """Return the cases for pytest. What takes long is run by ``make test`` for one problem class of each way only."""
+    """Return the cases for pytest. ``make test`` runs those of two classes, the primary backend's of the one, and of the
+    others some of one way; ``make slow`` runs the rest."""
     for transform, subject, way in CASES:
-        first = subject == next(case[1] for case in CASES if case[2] == way)
-        slow = transform in LONG and not first and not (transform == LONG[2] and subject == "functions")
-        marks = [pytest.mark.slow] if slow else []
+        whole = subject == "functions" or (subject == "dense" and way.backend == "pdipm")
+        some = transform in ALWAYS and way == next(case[2] for case in CASES if case[1] == subject)
+        marks = [] if whole or some else [pytest.mark.slow]
         yield pytest.param(transform, subject, way, marks=marks, id=f"{transform}-{subject}-{way}".replace("`", ""))
 
 
