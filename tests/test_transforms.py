@@ -333,8 +333,8 @@ ALWAYS = ("`backward`", "`torch.func.jvp`", "`vmap` over data", "`hessian`")
 
 
 def parameters() -> Iterator[Any]:
-    """Return the cases for pytest. ``make test`` runs those of two classes, the primary backend's of the one, and of the
-    others some of one way; ``make slow`` runs the rest."""
+    """Return the cases for pytest. ``make test`` runs those of two classes (of the one the primary backend's), and of
+    the others some of one way; ``make slow`` runs the rest."""
     for transform, subject, way in CASES:
         whole = subject == "functions" or (subject == "dense" and way.backend == "pdipm")
         some = transform in ALWAYS and way == next(case[2] for case in CASES if case[1] == subject)
