@@ -12,6 +12,7 @@ order 2^k - 1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 
 from diffopt import kkt, transforms
 from diffopt.linalg.central import central_ratio
-from diffopt.linalg.matrices import SymmetricMatrix
+from diffopt.linalg.matrices import Dense, SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
 from diffopt.linalg.scaling import Scaling
 from diffopt.problems.forms import Form, QPForm
@@ -414,6 +415,158 @@ def _aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors under names of their own for autograd: one that was computed from another is not to collect
     its part twice."""
     return {name: tensor.view_as(tensor) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Jacobian:
+    """The KKT matrix of one instance of a dense program, its inactive rows left out: for a reverse pass that is not
+    itself differentiated in the data. Many incoming gradients are then the columns of one right-hand side.
+
+    (No tuple: transforms look into those that pass an autograd function.)
+
+    Attributes:
+        form, found: the problem and its solution, plain; point: that of the solution, as vectors.
+        matrix: K, ``(N, N)``, N = n + p + active rows + active bounds.
+        rows, bounds: the places of active rows and bounds.
+        side: -1 for an active lower bound, 1 for an upper one.
+    """
+
+    form: QPForm
+    found: kkt.Solved
+    point: kkt.Point
+    matrix: Tensor
+    rows: Tensor
+    bounds: Tensor
+    side: Tensor
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return counts, residuals, status and the point, for a way through a transform."""
+        assert self.found.counts is not None
+        return self.found.counts, self.found.residuals, self.found.status, *self.found.point
+
+
+def jacobian_of(form: Form, found: kkt.Solved, kink_rule: str) -> Jacobian | None:
+    """Return the KKT matrix of a solution of one dense instance at which nothing is special, else ``None``."""
+    counts = found.counts
+    if counts is None or found.others or kink_rule != "inactive" or counts.numel() != 3 or form.dtype != torch.float64:
+        return None
+    if not (found.solved and isinstance(form, QPForm) and isinstance(form.Q, Dense)) or bool(counts[1:].any()):
+        return None
+    if not found.executor.endswith(":dual"):  # Q is positive definite, so that K is regular
+        return None
+    # (A polished solution without weakly active rows has zeros for the multipliers of inactive ones.)
+    point, n = kkt.Point(*(v.detach().reshape(-1) for v in found.point)), form.n
+    rows, bounds = point.lam.nonzero().flatten(), (point.lam_lower + point.lam_upper).nonzero().flatten()
+    A, G = form.A.reshape(form.p, n), form.G.reshape(form.m, n)
+    eye = torch.eye(n, dtype=form.dtype, device=form.device)
+    B = torch.cat([A, G[rows], eye[bounds]])
+    matrix = B.new_zeros(n + len(B), n + len(B))
+    matrix[:n, :n], matrix[n:, :n], matrix[:n, n:] = form.Q.dense().reshape(n, n), B, B.mT
+    side = torch.where(point.lam_upper[bounds] > 0, 1.0, -1.0).to(form.dtype)
+    return Jacobian(form, found, point, matrix, rows, bounds, side)
+
+
+def attach_by_jacobian(form: Form, jacobian: Jacobian, outputs: tuple[Tensor, ...]) -> Solution:
+    """Return the solution, attached to every tensor of ``form`` for one reverse pass of any number of gradients.
+
+    Args:
+        form: the problem as the reverse mode of ``torch.func`` shows it.
+        outputs: those of the Jacobian, likewise.
+    """
+    counts, residuals, status, *values = outputs
+    point = kkt.Point(*_ByJacobian.apply(jacobian, *form.tensors().values()))
+
+    def value() -> Tensor:
+        plain = kkt.Point(*values)
+        return _value(form, point, plain, plain, torch.zeros_like(status, dtype=torch.bool), attached=True)
+
+    return Solution(
+        *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
+        status=status,
+        report=Report(residuals, counts),
+        certificate=None,
+        backend=jacobian.found.backend,
+        executor=jacobian.found.executor,
+        _value=value,
+    )
+
+
+class _ByJacobian(torch.autograd.Function):
+    """The values of a solution; backward is the transposed Jacobian, which is constant: see `Jacobian`."""
+
+    @staticmethod
+    def forward(jacobian: Jacobian, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(v.view_as(v) for v in jacobian.found.point)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.jacobian, ctx.shapes = inputs[0], [v.shape for v in inputs[1:]]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        j: Jacobian = ctx.jacobian
+        for_x, for_s, for_nu, for_lam, for_lower, for_upper = (None if g is None else g.reshape(-1) for g in grads)
+        x, p, rows, bounds = j.point.x, j.form.p, j.rows, j.bounds
+        zero = x.new_zeros
+        G = j.form.G.reshape(j.form.m, len(x))
+        if for_s is not None:  # s = h - Gx
+            for_x = -(for_s @ G) if for_x is None else for_x - for_s @ G
+        force = zero(len(bounds))
+        for gradient, side in ((for_lower, -1), (for_upper, 1)):
+            if gradient is not None:
+                force = force + torch.where(j.side == side, side * gradient[bounds], 0.0)
+        right = torch.cat([
+            zero(len(x)) if for_x is None else for_x, zero(p) if for_nu is None else for_nu,
+            zero(len(rows)) if for_lam is None else for_lam[rows], force,
+        ])  # fmt: skip
+        # theta' = -(dF/dtheta)' y with K y = right.
+        y = _Inverse.apply(j.matrix, right)
+        y_x, y_eq, y_row, y_bound = y.split([len(x), p, len(rows), len(bounds)])
+        need = dict(zip(j.form.tensors(), ctx.needs_input_grad[1:], strict=True))
+        found: dict[str, Tensor] = {"q": -y_x, "b": y_eq}
+        if need["Q"]:
+            outer = _outer(y_x, x)
+            found["Q"] = -0.5 * (outer + outer.mT)
+        if need["A"]:
+            found["A"] = -_outer(y_eq, x) - _outer(j.point.nu, y_x)
+        if need["h"] or need["G"]:
+            full = zero(len(G)).index_copy(0, rows, y_row)
+            found["h"] = full if for_s is None else full + for_s
+            if need["G"]:
+                found["G"] = -_outer(found["h"], x) - _outer(j.point.lam, y_x)
+        for name, side in (("lower", -1), ("upper", 1)):
+            if need.get(name):
+                found[name] = zero(len(x)).index_copy(0, bounds, torch.where(j.side == side, y_bound, 0.0))
+        gradients = (found[k].reshape(v) if need[k] else None for k, v in zip(need, ctx.shapes, strict=True))
+        return None, *gradients
+
+
+class _Inverse(torch.autograd.Function):
+    """y = K^-1 r for a constant symmetric K ``(N, N)``, many r at once under vmap; closed under derivatives."""
+
+    @staticmethod
+    def forward(matrix: Tensor, r: Tensor) -> Tensor:
+        return torch.linalg.solve(matrix, r.reshape(-1, len(matrix)).mT).mT.reshape(r.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.matrix = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _Inverse.apply(ctx.matrix, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        with transforms.seen_by_other_forward_modes():
+            return _Inverse.apply(ctx.matrix, tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], matrix: Tensor, r: Tensor) -> tuple[Tensor, int | None]:
+        if in_dims[1] is None:
+            return _Inverse.apply(matrix, r), None
+        return _Inverse.apply(matrix, r.movedim(in_dims[1], 0)), 0
 
 
 def _failed(status: Tensor) -> Tensor:

@@ -197,11 +197,18 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
     tensors = form.tensors().values()
     if any(map(transforms.mapped_here, tensors)):
         return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure))
+    # The derivative of one instance is many right-hand sides of one small system.
+    alone = form.batch_shape.numel() == 1 and transforms.under_reverse_mode_alone(tensors)
     done: list[implicit.Prepared] = []
+    direct: list[implicit.Jacobian] = []
 
     def run(inner: Form) -> tuple[Tensor, ...]:
         plain = inner.detach()
         found = choose(backend, plain).solve(plain, settings)
+        jacobian = implicit.jacobian_of(plain, found, settings.kink_rule) if alone else None
+        if jacobian is not None:
+            direct.append(jacobian)
+            return jacobian.outputs()
         prepared = implicit.prepare(plain, found, settings.kink_rule, settings.weak_tolerance_for(plain.dtype))
         _report(implicit.attach(plain, prepared), on_failure)
         done.append(prepared)
@@ -209,6 +216,8 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
 
     call = transforms.Call(form, run, implicit.BATCH_SECOND, all_layers=True)
     outputs = transforms.Unwrapped.apply(call, *(tensor.detach() for tensor in tensors))
+    if direct:
+        return implicit.attach_by_jacobian(form, direct[0], outputs)
     return implicit.attach(form, implicit.unflatten(done[0], outputs), transformed=True)
 
 

@@ -7,7 +7,7 @@ this file alone.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -33,6 +33,16 @@ def mapped_here(tensor: Tensor) -> bool:
     return (
         _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) == _functorch.maybe_current_level()
     )
+
+
+def under_reverse_mode_alone(tensors: Iterable[Tensor]) -> list[Tensor] | None:
+    """Return what is inside the tensors if one reverse mode of ``torch.func`` (``vjp``, ``grad``, ``jacrev``) is all
+    that is at work, and nothing outside wants a derivative of them; else ``None``."""
+    stack = _functorch.get_interpreter_stack()
+    if len(stack) != 1 or stack[0].key() != _functorch.TransformType.Grad or forward_mode():
+        return None
+    inside = [_functorch.get_unwrapped(v) if _functorch.is_functorch_wrapped_tensor(v) else v for v in tensors]
+    return None if any(v.requires_grad or wrapped(v) for v in inside) else inside
 
 
 def wrapped(tensor: Tensor) -> bool:

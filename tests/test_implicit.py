@@ -5,6 +5,7 @@ import torch
 
 import diffopt
 from diffopt import Diagonal, Settings, SolveFailed, Status, implicit
+from diffopt.check import known
 
 f64 = torch.float64
 
@@ -142,6 +143,67 @@ def test_attaching_does_not_move_the_values():
     data = random_qp()
     a, b = everything(*data), everything(*[t.detach() for t in data])
     assert torch.equal(a, b)
+
+
+def one_instance(weak=0):
+    if weak:
+        problem = known.degenerate_program(7, 7, 1, 3, bounds="both", weak=weak)
+    else:
+        problem = known.quadratic_program(20, 7, 1, 3, bounds="both")
+    assert weak or all(bool(v.any()) for v in (problem.lam, problem.lam_lower, problem.lam_upper))
+    return tuple(problem.arguments().values())
+
+
+def test_a_jacobian_of_one_instance_takes_one_factor_and_is_that_of_the_newton_step(monkeypatch):
+    data, taken = one_instance(), []
+    places = tuple(range(len(data)))
+    attach = implicit.attach_by_jacobian
+    monkeypatch.setattr(implicit, "attach_by_jacobian", lambda *a: taken.append(1) or attach(*a))
+    solved = []
+    solve = torch.linalg.solve
+    monkeypatch.setattr(torch.linalg, "solve", lambda *a: solved.append(1) or solve(*a))
+    found = torch.func.jacrev(everything, places)(*data)
+    assert len(taken) == 1 and len(solved) == 1  # the value, which is among the outputs, takes none
+    batch = [v.unsqueeze(0) for v in data]  # the same with a batch dimension of one
+    again = torch.func.jacrev(everything, places)(*batch)
+    assert all(torch.allclose(a, b[0].squeeze(1), atol=1e-10) for a, b in zip(found, again, strict=True))
+    monkeypatch.setattr(implicit, "jacobian_of", lambda *a: None)
+    expected = torch.func.jacrev(everything, places)(*data)
+    for got, wanted in zip(found, expected, strict=True):
+        assert wanted.any() and (got - wanted).abs().max() <= 1e-10 * (1 + wanted.abs().max())
+
+
+def test_where_more_than_one_reverse_pass_may_come_the_newton_step_serves(monkeypatch):
+    taken = []
+    attach = implicit.attach_by_jacobian
+    monkeypatch.setattr(implicit, "attach_by_jacobian", lambda *a: taken.append(1) or attach(*a))
+    data = one_instance()
+    q = data[1].clone().requires_grad_()  # a derivative of the Jacobian is wanted outside
+
+    def x(q, *others):
+        return diffopt.solve_qp(others[0], q, *others[1:]).x
+
+    total = torch.func.jacrev(lambda Q: x(q, Q, *data[2:]))(data[0]).square().sum()
+    (slope,) = torch.autograd.grad(total, q)
+    assert slope.any() and not taken
+    step = torch.zeros_like(data[1])
+    step[0] = 1e-5
+    high, low = (
+        torch.func.jacrev(lambda Q, at=at: x(at, Q, *data[2:]))(data[0]).square().sum()
+        for at in (data[1] + step, data[1] - step)
+    )
+    assert len(taken) == 2 and abs(float((high - low) / 2e-5 - slope[0])) <= 1e-6 * (1 + abs(float(slope[0])))
+    kinked = one_instance(weak=1)
+    torch.func.jacrev(lambda q: x(q, kinked[0], *kinked[2:]))(kinked[1])  # counted rows follow the rule for kinks
+    assert len(taken) == 2
+    # The pullback is linear, and can itself be differentiated.
+    _, pullback = torch.func.vjp(lambda q: x(q, data[0], *data[2:]), data[1])
+    assert len(taken) == 3
+    v, u = torch.randn(2, 7, dtype=f64)
+    (forward,) = torch.func.jvp(pullback, (v,), (u,))[1]
+    assert forward.any() and torch.allclose(forward, pullback(u)[0])
+    (outer,) = torch.func.vjp(lambda v: pullback(v)[0], v)[1](u)
+    assert torch.allclose(outer @ v, pullback(v)[0] @ u)
 
 
 # ------------------------------------------------------------------ kinks: the named rules
