@@ -33,9 +33,8 @@ def show(title: str, calls: dict[str, Callable[[], object]], repeats: int) -> No
     print(title)
     first = min(next(iter(seconds.values())))
     for name, times in seconds.items():
-        print(
-            f"  {name:36} {1e3 * min(times):9.3f} ms  {1e3 * float(np.median(times)):9.3f} ms  {min(times) / first:6.2f}"
-        )
+        least, median = min(times), float(np.median(times))
+        print(f"  {name:36} {1e3 * least:9.3f} ms  {1e3 * median:9.3f} ms  {least / first:6.2f}")
 
 
 def x(**pieces: Any) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 import diffopt
 from diffopt import Diagonal, Settings, SolveFailed, Status, implicit
+from diffopt.backends.pdipm import PdipmBackend
 from diffopt.check import known
 
 f64 = torch.float64
@@ -143,6 +144,28 @@ def test_attaching_does_not_move_the_values():
     data = random_qp()
     a, b = everything(*data), everything(*[t.detach() for t in data])
     assert torch.equal(a, b)
+
+
+def test_vmap_is_one_native_solve_and_its_backward_the_solvers_own(monkeypatch):
+    problem = known.quadratic_program(6, 5, 1, 4, bounds="both", batch=(3,), shared=True)
+    names, data = tuple(problem.arguments()), problem.arguments()
+    shared = {name for name in names if data[name].dim() == (2 if name in "QAG" else 1)}
+    assert "Q" in shared and "q" not in shared
+    solved, pulled = [], []
+    solve, pull = PdipmBackend.solve, implicit._pulled
+    monkeypatch.setattr(PdipmBackend, "solve", lambda self, form, *a: solved.append(form) or solve(self, form, *a))
+    monkeypatch.setattr(implicit, "_pulled", lambda *a: pulled.append(1) or pull(*a))
+    leaves = [data[name].clone().requires_grad_() for name in names]
+    in_dims = tuple(None if name in shared else 0 for name in names)
+    mapped = torch.func.vmap(lambda *values: diffopt.solve_qp(**dict(zip(names, values, strict=True))), in_dims)
+    solution = mapped(*leaves)
+    assert len(solved) == 1 and solved[0].batch_shape == (3,) and solved[0].Q.batch_shape == ()
+    native = diffopt.solve_qp(**data)
+    for name in ("x", "lam", "value", "status", "iterations", "weakly_active"):
+        assert torch.equal(getattr(solution, name), getattr(native, name)), name
+    assert torch.equal(solution.residuals.primal, native.residuals.primal) and solution.executor == native.executor
+    solution.x.sum().backward()
+    assert len(pulled) == 1 and leaves[0].grad is not None and leaves[0].grad.any()
 
 
 def one_instance(weak=0):
