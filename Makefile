@@ -6,6 +6,7 @@
 #   make mutations  plant faults in the core one at a time; each must be caught by a test
 #   make sanitize   run the compiled CPU executor under sanitizers, from a C++ program (2 minutes)
 #   make sanitize-suite   its tests from Python, with a library compiled with sanitizers (some minutes)
+#   make transforms write the tables of docs/transforms.md anew, from the cases that the tests run
 #   make accuracy   print the worst errors of x and of all gradients against an exact reference
 #   make lint       format, lint and types
 #   make coverage   make test, then the lines that the measurement leaves out
@@ -29,7 +30,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq -
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu demo test slow mutations sanitize sanitize-suite accuracy lint format coverage bench bench-scaling docs clean
+.PHONY: help cpu demo test slow mutations sanitize sanitize-suite transforms accuracy lint format coverage bench bench-scaling docs clean
 .NOTPARALLEL:
 
 help:
@@ -98,6 +99,9 @@ sanitize-suite: $(VENV)/installed-test
 		ASAN_OPTIONS=detect_leaks=0 DIFFOPT_CPU_LIBRARY=$(CURDIR)/build/sanitize/libdiffopt_cpu_$(SANITIZE_VARIANT).so \
 		$(PYTEST) -m "not slow" -k "(pdipm or cpu_executor) and not pdipm-torch and not interrupted" \
 		tests/test_contract.py tests/solvers/test_cpu_executor.py
+
+transforms: $(VENV)/installed-test build/cpu/built
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/test_transforms.py
 
 accuracy: $(VENV)/installed-test build/cpu/built
 	OMP_NUM_THREADS=1 $(BIN)/python tests/accuracy.py

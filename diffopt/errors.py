@@ -49,12 +49,6 @@ class NotDifferentiableError(DiffoptError, NotImplementedError):
     """A derivative was asked for in a way that is not supported."""
 
 
-MAPPED_DATA = (
-    "torch.func.vmap over the data of a problem is not supported yet. Batch dimensions lead in every call, so pass "
-    "the batch to the layer itself; jacrev, jacfwd and hessian of a call do work."
-)
-
-
 class ChangedDataError(DiffoptError, RuntimeError):
     """Data was changed in place after the solve, and before what is computed from it on access was read."""
 

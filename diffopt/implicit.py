@@ -13,32 +13,53 @@ order 2^k - 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffopt import kkt
-from diffopt.errors import MAPPED_DATA, ChangedDataError, NotDifferentiableError
+from diffopt import kkt, transforms
+from diffopt.errors import ChangedDataError
 from diffopt.linalg.central import central_ratio
-from diffopt.linalg.matrices import SymmetricMatrix
+from diffopt.linalg.matrices import Dense, SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
 from diffopt.linalg.scaling import Scaling
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import Report, Solution, Status
+from diffopt.solution import Certificate, Report, Solution, Status
 
 NONLINEAR_STEPS = 2
 """Newton steps by which a nonlinear problem is attached: derivatives are exact up to order 3."""
 
 
+class Rule(NamedTuple):
+    """Which rows the derivatives of a batch hold, as tensors with the batch's leading dimensions.
+
+    ``failed`` ``(*batch,)``; ``active``; ``equation`` ``(*batch, m)``, the inequality rows that are equations (fewer
+    than the active ones only under the kink rule ``"minimum_norm"``); ``ratio_row``, ``ratio_bound``: s/lam of weakly
+    active rows under the rule ``"central"``, else zeros.
+    """
+
+    failed: Tensor
+    active: kkt.Activity
+    equation: Tensor
+    ratio_row: Tensor
+    ratio_bound: Tensor
+
+
 class Prepared(NamedTuple):
-    """A solved batch with its active sets decided: all that `attach` needs, on plain tensors."""
+    """A solved batch with its active sets decided: all that `attach` needs.
+
+    ``system`` computes on plain tensors. Inside the transforms of ``torch.func`` the others are as the transforms
+    show them, so they may lack batch dimensions that ``system`` has; see `flatten` and `unflatten`.
+    """
 
     found: kkt.Solved
     safe: kkt.Point
     system: _KKT
     counts: Tensor
+    rule: Rule
 
 
 @torch.no_grad()
@@ -59,27 +80,54 @@ def prepare(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
     iterations = found.iterations if found.counts is None else found.counts[0]
     assert iterations is not None
     counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
-    return Prepared(found, safe, system, counts)
+    ratios = (ratio.to(form.dtype) for ratio in (system.ratio_row, system.ratio_bound))
+    return Prepared(found, safe, system, counts, Rule(failed, system.active, system.equation_row, *ratios))
 
 
-def attach(form: Form, prepared: Prepared) -> Solution:
+BATCH_SECOND = 2
+"""How many of the tensors of `flatten` have one other dimension before those of the batch."""
+
+
+def flatten(prepared: Prepared) -> tuple[Tensor, ...]:
+    """Return the tensors of a prepared batch, for a way through a transform; the first `BATCH_SECOND` of them,
+    ``(3, *batch)``, have their batch dimensions second. `unflatten` is the way back."""
+    found, rule = prepared.found, prepared.rule
+    certificate = () if found.certificate is None else tuple(found.certificate)
+    return (
+        prepared.counts, found.residuals, found.status, *found.point, *prepared.safe,
+        rule.failed, *rule.active, rule.equation, rule.ratio_row, rule.ratio_bound, *certificate,
+    )  # fmt: skip
+
+
+def unflatten(prepared: Prepared, tensors: tuple[Tensor, ...]) -> Prepared:
+    """Return the batch with the tensors of `flatten` as they came out of a transform."""
+    counts, residuals, status, *rest = tensors
+    point, safe = kkt.Point(*rest[:6]), kkt.Point(*rest[6:12])
+    rule = Rule(rest[12], kkt.Activity(*rest[13:20]), *rest[20:23])
+    certificate = Certificate(*rest[23:]) if rest[23:] else None
+    found = prepared.found._replace(point=point, status=status, residuals=residuals, certificate=certificate)
+    return Prepared(found, safe, prepared.system, counts, rule)
+
+
+def attach(form: Form, prepared: Prepared, transformed: bool = False) -> Solution:
     """Return the solution, attached to every tensor of ``form``.
 
     Args:
         form: the problem, attached to its parameters.
+        transformed: attach it whether or not a derivative can be seen coming (inside ``torch.func`` it cannot always).
 
     Differentiable in:
         every tensor of the form, in x, s, lam, nu, lam_lower, lam_upper and value. A failed instance
         passes NaN to whatever asks for its derivative, and exactly zero where the incoming gradient is zero.
     """
-    found, safe, system = prepared.found, prepared.safe, prepared.system
-    attached = needs_graph(form)
-    point = _attached_point(form, system, safe, found.point) if attached else found.point
+    found, safe, failed = prepared.found, prepared.safe, prepared.rule.failed
+    attached = transformed or needs_graph(form)
+    point = _attached_point(form, prepared) if attached else found.point
 
     def value() -> Tensor:
         # Computed on access, with the graph that the other fields have, wherever that is.
         with torch.set_grad_enabled(attached):
-            return _value(form, point, found.point, safe, system.failed, attached)
+            return _value(form, point, found.point, safe, failed, attached)
 
     return Solution(
         *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
@@ -112,11 +160,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
         return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
     if attached and _forward_mode(form):
         return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
-    others = []
-    for index, one in found.others:
-        assert isinstance(form, QPForm)
-        others.append((index, prepare(form.instance(index).detach(), one, kink_rule, weak_tolerance)))
-        counts.view(3, -1)[1:, index] = others[-1][1].counts[1:]
+    others = _others(form, found, counts, kink_rule, weak_tolerance)
     values = found.point
     point = values
     if attached:
@@ -137,6 +181,90 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
         executor=found.executor,
         _value=_unless_changed(form, point, value),
     )
+
+
+def _others(
+    form: Form, found: kkt.Solved, counts: Tensor, kink_rule: str, weak_tolerance: float
+) -> list[tuple[int, Prepared]]:
+    """Prepare the instances that were solved each on its own, and complete their counts."""
+    others = []
+    for index, one in found.others:
+        assert isinstance(form, QPForm)
+        others.append((index, prepare(form.instance(index).detach(), one, kink_rule, weak_tolerance)))
+        counts.view(3, -1)[1:, index] = others[-1][1].counts[1:]
+    return others
+
+
+class Reverse(NamedTuple):
+    """The reverse pass of a solution whose outputs and data are kept elsewhere."""
+
+    task: _Task
+    prepared: Prepared | None
+
+    def first_order(
+        self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients for those tensors of ``form`` (plain) that need one, from those for the point."""
+        task = self.task
+        if task.found.pullback is not None and self.prepared is None:
+            return _pulled(task, form, point, gradients, needed)
+        leaves = {
+            k: v.detach().requires_grad_(need) for (k, v), need in zip(form.tensors().items(), needed, strict=True)
+        }
+        with torch.no_grad():
+            return self.with_graph(form.with_tensors(leaves), point, gradients, needed)
+
+    def with_graph(
+        self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the same for attached tensors of a form, itself attached where gradients are recorded."""
+        places = tuple(i for i, need in enumerate(needed) if need)
+        task = self.task._replace(inputs=places)
+        found = iter(_differentiated(task, form, point, gradients, self.prepared))
+        return tuple(next(found) if need else None for need in needed)
+
+
+def apart(
+    form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float, keep: bool
+) -> tuple[Tensor, Reverse | None]:
+    """Return the counts of a solution (see `Report`), and if ``keep`` its reverse pass, for an operator of torch.
+
+    Args:
+        form: the problem, detached.
+        found: its solution; it may keep the memory of the outputs, not the outputs.
+    """
+    found = found._replace(point=kkt.Point(*(v.detach() for v in found.point)))
+    task = _Task(form, found, tuple(range(6)), (), [], kink_rule, weak_tolerance)
+    counts = found.counts
+    if counts is None or (keep and (found.pullback is None or kink_rule != "inactive")):
+        prepared = prepare(form, found, kink_rule, weak_tolerance)
+        return prepared.counts, Reverse(task, prepared) if keep else None
+    others = _others(form, found, counts, kink_rule, weak_tolerance)
+    return counts, Reverse(task._replace(others=others), None) if keep else None
+
+
+def value_gradients(
+    form: Form, point: kkt.Point, status: Tensor, gradient: Tensor, create_graph: bool
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the gradients that the optimal value passes to the tensors of the form and to the point.
+
+    To the first go the partial derivatives of the Lagrangian. To the second goes zero, of which the derivative is none.
+    """
+    with torch.enable_grad():
+        form = form.with_tensors(_aliases(form.tensors()))
+        point = kkt.Point(*_aliases(point._asdict()).values())
+        failed = _failed(status)
+        plain = kkt.Point(*(v.detach() for v in point))
+        total = _value(form, point, plain, _safe(plain, failed), failed, attached=True)
+        inputs = (*form.tensors().values(), *point)
+        tracked = [v for v in inputs if v.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                total, tracked, gradient, create_graph=create_graph, materialize_grads=True, allow_unused=True
+            )
+        )
+        gradients = tuple(next(found) if v.requires_grad else torch.zeros_like(v) for v in inputs)
+    return gradients[: -len(point)], gradients[-len(point) :]
 
 
 class _Task(NamedTuple):
@@ -197,18 +325,30 @@ class _Pulled(torch.autograd.Function):
         for i, value, grad in zip(task.outputs, saved, grads, strict=False):
             values[i], incoming[i] = value, grad  # type: ignore[call-overload]
         point, gradients = kkt.Point(*values), tuple(incoming)
-        if torch.is_grad_enabled():
-            return None, None, *_differentiated(task, _with_saved(task, saved[count:]), point, gradients)
+        if torch.is_grad_enabled() or any(grad is not None and transforms.wrapped(grad) for grad in grads):
+            form = _with_saved(task, saved[count:])
+            return (
+                None,
+                None,
+                *transforms.many_at_once(lambda *grads: _differentiated(task, form, point, grads), gradients),
+            )
         needed = [False] * len(task.form.tensors())
         for place, need in zip(task.inputs, ctx.needs_input_grad[2:], strict=True):
             needed[place] = need
-        assert task.found.pullback is not None
-        found = task.found.pullback.run(point, gradients, tuple(needed))
-        if task.others:
-            form = _with_saved(task, saved[count:])
-            for index, prepared in task.others:
-                _add_other(form, index, prepared, gradients, found)
+        form = _with_saved(task, saved[count:]) if task.others else task.form
+        found = _pulled(task, form, point, gradients, tuple(needed))
         return None, None, *[found[i] for i in task.inputs]
+
+
+def _pulled(
+    task: _Task, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return what the solver's own reverse pass gives for those tensors of the form that need a gradient."""
+    assert task.found.pullback is not None
+    found = task.found.pullback.run(point, gradients, needed)
+    for index, prepared in task.others:
+        _add_other(form, index, prepared, gradients, found)
+    return found
 
 
 def _with_saved(task: _Task, saved: tuple[Tensor, ...]) -> Form:
@@ -253,19 +393,182 @@ def _add_other(
             target += torch.where(mine, gradient, 0.0)
 
 
-def _differentiated(task: _Task, form: Form, point: kkt.Point, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Return the reverse pass with a graph of its own."""
+def _differentiated(
+    task: _Task, form: Form, point: kkt.Point, grads: tuple[Tensor | None, ...], prepared: Prepared | None = None
+) -> tuple[Tensor | None, ...]:
+    """Return the reverse pass in torch operations, with a graph of its own where one is asked for."""
+    create_graph = torch.is_grad_enabled()
     found = task.found._replace(point=kkt.Point(*(v.detach() for v in point)))
-    again = attach(form, prepare(form.detach(), found, task.kink_rule, task.weak_tolerance))
-    outputs = (again.x, again.s, again.nu, again.lam, again.lam_lower, again.lam_upper)
-    used = [(v, g) for v, g in zip(outputs, grads, strict=True) if g is not None and v.requires_grad]
-    tensors = list(form.tensors().values())
-    return list(
-        torch.autograd.grad(
+    with torch.enable_grad():
+        if prepared is None:
+            prepared = prepare(form.detach(), found, task.kink_rule, task.weak_tolerance)
+        form = form.with_tensors(_aliases(form.tensors()))
+        again = attach(form, prepared)
+        outputs = (again.x, again.s, again.nu, again.lam, again.lam_lower, again.lam_upper)
+        used = [(v, g) for v, g in zip(outputs, grads, strict=True) if g is not None and v.requires_grad]
+        tensors = list(form.tensors().values())
+        return torch.autograd.grad(
             [v for v, _ in used], [tensors[i] for i in task.inputs], [g for _, g in used],
-            create_graph=True, allow_unused=True, materialize_grads=True,
-        )
-    )  # fmt: skip
+            create_graph=create_graph, allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+
+
+def _aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under names of their own for autograd: one that was computed from another is not to collect
+    its part twice."""
+    return {name: tensor.view_as(tensor) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Jacobian:
+    """The KKT matrix of one instance of a dense program, its inactive rows left out: for a reverse pass that is not
+    itself differentiated in the data. Many incoming gradients are then the columns of one right-hand side.
+
+    (No tuple: transforms look into those that pass an autograd function.)
+
+    Attributes:
+        form, found: the problem and its solution, plain; point: that of the solution, as vectors.
+        matrix: K, ``(N, N)``, N = n + p + active rows + active bounds.
+        rows, bounds: the places of active rows and bounds.
+        side: -1 for an active lower bound, 1 for an upper one.
+    """
+
+    form: QPForm
+    found: kkt.Solved
+    point: kkt.Point
+    matrix: Tensor
+    rows: Tensor
+    bounds: Tensor
+    side: Tensor
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return counts, residuals, status and the point, for a way through a transform."""
+        assert self.found.counts is not None
+        return self.found.counts, self.found.residuals, self.found.status, *self.found.point
+
+
+def jacobian_of(form: Form, found: kkt.Solved, kink_rule: str) -> Jacobian | None:
+    """Return the KKT matrix of a solution of one dense instance at which nothing is special, else ``None``."""
+    counts = found.counts
+    if counts is None or found.others or kink_rule != "inactive" or counts.numel() != 3 or form.dtype != torch.float64:
+        return None
+    if not (found.solved and isinstance(form, QPForm) and isinstance(form.Q, Dense)) or bool(counts[1:].any()):
+        return None
+    if not found.executor.endswith(":dual"):  # Q is positive definite, so that K is regular
+        return None
+    # (A polished solution without weakly active rows has zeros for the multipliers of inactive ones.)
+    point, n = kkt.Point(*(v.detach().reshape(-1) for v in found.point)), form.n
+    rows, bounds = point.lam.nonzero().flatten(), (point.lam_lower + point.lam_upper).nonzero().flatten()
+    A, G = form.A.reshape(form.p, n), form.G.reshape(form.m, n)
+    eye = torch.eye(n, dtype=form.dtype, device=form.device)
+    B = torch.cat([A, G[rows], eye[bounds]])
+    matrix = B.new_zeros(n + len(B), n + len(B))
+    matrix[:n, :n], matrix[n:, :n], matrix[:n, n:] = form.Q.dense().reshape(n, n), B, B.mT
+    side = torch.where(point.lam_upper[bounds] > 0, 1.0, -1.0).to(form.dtype)
+    return Jacobian(form, found, point, matrix, rows, bounds, side)
+
+
+def attach_by_jacobian(form: Form, jacobian: Jacobian, outputs: tuple[Tensor, ...]) -> Solution:
+    """Return the solution, attached to every tensor of ``form`` for one reverse pass of any number of gradients.
+
+    Args:
+        form: the problem as the reverse mode of ``torch.func`` shows it.
+        outputs: those of the Jacobian, likewise.
+    """
+    counts, residuals, status, *values = outputs
+    point = kkt.Point(*_ByJacobian.apply(jacobian, *form.tensors().values()))
+
+    def value() -> Tensor:
+        plain = kkt.Point(*values)
+        return _value(form, point, plain, plain, torch.zeros_like(status, dtype=torch.bool), attached=True)
+
+    return Solution(
+        *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
+        status=status,
+        report=Report(residuals, counts),
+        certificate=None,
+        backend=jacobian.found.backend,
+        executor=jacobian.found.executor,
+        _value=value,
+    )
+
+
+class _ByJacobian(torch.autograd.Function):
+    """The values of a solution; backward is the transposed Jacobian, which is constant: see `Jacobian`."""
+
+    @staticmethod
+    def forward(jacobian: Jacobian, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(v.view_as(v) for v in jacobian.found.point)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.jacobian, ctx.shapes = inputs[0], [v.shape for v in inputs[1:]]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        j: Jacobian = ctx.jacobian
+        for_x, for_s, for_nu, for_lam, for_lower, for_upper = (None if g is None else g.reshape(-1) for g in grads)
+        x, p, rows, bounds = j.point.x, j.form.p, j.rows, j.bounds
+        zero = x.new_zeros
+        G = j.form.G.reshape(j.form.m, len(x))
+        if for_s is not None:  # s = h - Gx
+            for_x = -(for_s @ G) if for_x is None else for_x - for_s @ G
+        force = zero(len(bounds))
+        for gradient, side in ((for_lower, -1), (for_upper, 1)):
+            if gradient is not None:
+                force = force + torch.where(j.side == side, side * gradient[bounds], 0.0)
+        right = torch.cat([
+            zero(len(x)) if for_x is None else for_x, zero(p) if for_nu is None else for_nu,
+            zero(len(rows)) if for_lam is None else for_lam[rows], force,
+        ])  # fmt: skip
+        # theta' = -(dF/dtheta)' y with K y = right.
+        y = _Inverse.apply(j.matrix, right)
+        y_x, y_eq, y_row, y_bound = y.split([len(x), p, len(rows), len(bounds)])
+        need = dict(zip(j.form.tensors(), ctx.needs_input_grad[1:], strict=True))
+        found: dict[str, Tensor] = {"q": -y_x, "b": y_eq}
+        if need["Q"]:
+            outer = _outer(y_x, x)
+            found["Q"] = -0.5 * (outer + outer.mT)
+        if need["A"]:
+            found["A"] = -_outer(y_eq, x) - _outer(j.point.nu, y_x)
+        if need["h"] or need["G"]:
+            full = zero(len(G)).index_copy(0, rows, y_row)
+            found["h"] = full if for_s is None else full + for_s
+            if need["G"]:
+                found["G"] = -_outer(found["h"], x) - _outer(j.point.lam, y_x)
+        for name, side in (("lower", -1), ("upper", 1)):
+            if need.get(name):
+                found[name] = zero(len(x)).index_copy(0, bounds, torch.where(j.side == side, y_bound, 0.0))
+        gradients = (found[k].reshape(v) if need[k] else None for k, v in zip(need, ctx.shapes, strict=True))
+        return None, *gradients
+
+
+class _Inverse(torch.autograd.Function):
+    """y = K^-1 r for a constant symmetric K ``(N, N)``, many r at once under vmap; closed under derivatives."""
+
+    @staticmethod
+    def forward(matrix: Tensor, r: Tensor) -> Tensor:
+        return torch.linalg.solve(matrix, r.reshape(-1, len(matrix)).mT).mT.reshape(r.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.matrix = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _Inverse.apply(ctx.matrix, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        with transforms.seen_by_other_forward_modes():
+            return _Inverse.apply(ctx.matrix, tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], matrix: Tensor, r: Tensor) -> tuple[Tensor, int | None]:
+        if in_dims[1] is None:
+            return _Inverse.apply(matrix, r), None
+        return _Inverse.apply(matrix, r.movedim(in_dims[1], 0)), 0
 
 
 def _failed(status: Tensor) -> Tensor:
@@ -274,7 +577,7 @@ def _failed(status: Tensor) -> Tensor:
 
 def _forward_mode(form: Form) -> bool:
     # Outside any level no tensor has a tangent; asking that costs less than asking every tensor.
-    if getattr(forward_ad, "_current_level", 0) < 0:
+    if not transforms.forward_mode():
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in form.tensors().values())
 
@@ -309,21 +612,23 @@ def _all_rows(active: kkt.Activity, failed: Tensor) -> kkt.Activity:
     return active._replace(row=active.row | bad, weak_row=active.weak_row & ~bad)
 
 
-def _attached_point(form: Form, system: _KKT, safe: kkt.Point, values: kkt.Point) -> kkt.Point:
-    active = system.active
+def _attached_point(form: Form, prepared: Prepared) -> kkt.Point:
+    system, safe, values = prepared.system, prepared.safe, prepared.found.point
+    failed, active, equation, *ratios = prepared.rule
     w = Blocks(safe.x, safe.nu, safe.lam, kkt.bound_force(form, safe))
     for _ in range(1 if isinstance(form, QPForm) else NONLINEAR_STEPS):
-        F = kkt.conditions(form, active, w, *system.ratios(form.dtype))
+        F = kkt.conditions(form, active, w, *ratios)
         d = kkt.derivatives(form, w.x, w.row, w.eq)
         data = (*d.hessian.tensors(), d.equality_jacobian, d.inequality_jacobian)
-        step = Blocks(*_Solve.apply(system.bind(d.hessian), True, False, *F, *data))
+        masks = (equation, active.row, failed.unsqueeze(-1))
+        step = Blocks(*_Solve.apply(_Bound(system, d.hessian), True, False, *F, *masks, *data))
         w = w.minus(step)
     moved_lower, moved_upper = kkt.bound_duals(form, active, w.bound)
     if w.bound.shape[-1]:
-        bad = system.failed.unsqueeze(-1)
+        bad = failed.unsqueeze(-1)
         moved_lower, moved_upper = torch.where(bad, -w.bound, moved_lower), torch.where(bad, w.bound, moved_upper)
     slack = _only_derivative(-form.inequalities(w.x))
-    slack = _Gate.apply(slack, system.failed)
+    slack = _Gate.apply(slack, failed)
     return kkt.Point(
         values.x + (w.x - safe.x),
         values.s + slack,
@@ -440,10 +745,6 @@ class _KKT:
         assert self._saddle is not None
         return self._saddle
 
-    def ratios(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the ratios s/lam of weakly active rows under the central rule, else zeros."""
-        return self.ratio_row.to(dtype), self.ratio_bound.to(dtype)
-
     def factor(self) -> Factor:
         """Return the factored system; that of the backend where it has the same rows."""
         if self._factor is None:
@@ -464,10 +765,6 @@ class _KKT:
     def dependent(self) -> Tensor:
         """Return the number of dependent active rows of each instance."""
         return self.factor().dependent().expand(self.failed.shape)
-
-    def bind(self, hessian: SymmetricMatrix) -> _Bound:
-        """Return the operator with the structure of ``hessian`` for K's data."""
-        return _Bound(self, hessian)
 
     def solve(self, r: Blocks, transpose: bool) -> Blocks:
         """Return K^-1 r (or K'^-1 r): zero where r is zero, NaN where a failed instance has r != 0."""
@@ -532,7 +829,9 @@ class _Solve(torch.autograd.Function):
     """u = K^-1 r (or the transpose), differentiable in r and in K's data, to any order.
 
     du = K^-1 (dr - dK u). Inputs: the operator; whether r is known to be zero (then u is zero, and
-    only its derivatives matter); transpose; the blocks of r; K's data (Q's tensors, A, G).
+    only its derivatives matter); transpose; the blocks of r; which inequality rows are equations, and which of their
+    multipliers are unknowns; which instances failed; K's data (Q's tensors, A, G). The batch dimensions of r end with
+    those of the operator: others before them are many right-hand sides of one system.
     """
 
     @staticmethod
@@ -545,76 +844,105 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, ctx.zero, ctx.transpose = inputs[0], inputs[1], inputs[2]
-        data = inputs[7:]
-        ctx.count = len(data)
-        ctx.save_for_backward(*data, *output)
-        ctx.save_for_forward(*data, *output)
+        kept = inputs[7:]
+        ctx.count = len(kept)
+        ctx.save_for_backward(*kept, *output)
+        ctx.save_for_forward(*kept, *output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         op: _Bound = ctx.op
-        saved = ctx.saved_tensors  # once: checkpointing gives each tensor a single time
-        data, u = saved[: ctx.count], Blocks(*saved[ctx.count :])
-        y = Blocks(*_Solve.apply(op, False, not ctx.transpose, *grads, *data))
+        # (Read once: checkpointing gives each tensor a single time.)
+        saved = ctx.saved_tensors
+        kept, u = saved[: ctx.count], Blocks(*saved[ctx.count :])
+        needed = ctx.needs_input_grad[10:]
         if ctx.zero and not torch.is_grad_enabled():
             # A step that is zero has a first derivative that does not see K's own change.
-            return (None, None, None, *y, *([None] * ctx.count))
+            needed = (False,) * len(needed)
         # A failed instance whose derivative nobody asked for (u = 0) adds nothing to a higher one: y may be NaN there.
-        idle = op.system.failed & ~torch.stack([(v != 0).any(-1) for v in u if v.shape[-1]]).any(0)
-        y_used = Blocks(*(torch.where(idle.unsqueeze(-1), 0.0, v) for v in y))
-        return (None, None, None, *y, *_data_gradients(op, data, y_used, u, ctx.transpose))
+        idle = kept[2] & ~torch.stack([(v != 0).any(-1, keepdim=True) for v in u if v.shape[-1]]).any(0)
+
+        def pulled(*grads: Tensor) -> tuple[Tensor | None, ...]:
+            y = Blocks(*_Solve.apply(op, False, not ctx.transpose, *grads, *kept))
+            used = Blocks(*(torch.where(idle, 0.0, v) for v in y)) if any(needed) else y
+            return (*y, None, None, None, *_data_gradients(op, kept, needed, used, u, ctx.transpose))
+
+        return None, None, None, *transforms.many_at_once(pulled, grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         op: _Bound = ctx.op
-        saved = ctx.saved_tensors
-        data, u = saved[: ctx.count], Blocks(*saved[ctx.count :])
-        r = [v if t is None else t for v, t in zip((torch.zeros_like(v) for v in u), tangents[3:7], strict=True)]
-        change = _matrix_tangent(op, data, tangents[7:], u, ctx.transpose)
-        right = Blocks(*r).minus(change)
-        return _Solve.apply(op, False, ctx.transpose, *right, *data)
+        saved = transforms.primals(ctx.saved_tensors)
+        kept, u = saved[: ctx.count], Blocks(*saved[ctx.count :])
+
+        def pushed(*tangents: Tensor | None) -> tuple[Tensor, ...]:
+            r = [torch.zeros_like(v) if t is None else t for v, t in zip(u, tangents[:4], strict=True)]
+            right = Blocks(*r).minus(_matrix_tangent(op, kept, tangents[7:], u, ctx.transpose))
+            return _Solve.apply(op, False, ctx.transpose, *right, *kept)
+
+        with transforms.seen_by_other_forward_modes():
+            return transforms.many_at_once(pushed, tangents[3:])  # type: ignore[return-value]
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], op: _Bound, zero: bool, transpose: bool, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        if any(dim is not None for dim in in_dims[7:]):
-            raise NotDifferentiableError(MAPPED_DATA)
-        # Many right-hand sides, one factor: they lead the batch and broadcast against it.
-        r = [
-            v.expand(info.batch_size, *v.shape) if dim is None else v.movedim(dim, 0)
-            for v, dim in zip(tensors[:4], in_dims[3:7], strict=True)
-        ]
-        return _Solve.apply(op, zero, transpose, *r, *tensors[4:]), (0, 0, 0, 0)
-
-
-def _masks(op: _Bound, transpose: bool) -> tuple[Tensor, Tensor]:
-    """Return which inequality rows are equations, and which multipliers are unknowns."""
-    equation, unknown = op.system.equation_row, op.system.active.row
-    return (unknown, equation) if transpose else (equation, unknown)
+        dims = in_dims[3:]
+        cores = (1, 1, 1, 1, 1, 1, 1, *op.hessian.core_dims(), 2, 2)
+        leads = [v.dim() - core - (dim is not None) for v, core, dim in zip(tensors, cores, dims, strict=True)]
+        # The batch dimensions of the operator itself, as far as this level shows them; r may have others before those.
+        own, all_of_r = leads[4], leads[0]
+        # A dimension of the operator goes first among the operator's. Any other makes many right-hand sides for one
+        # factor, and goes first of all.
+        is_own = dims[4] is not None
+        place = all_of_r - own if is_own else 0
+        moved = []
+        for i, (v, dim, lead) in enumerate(zip(tensors, dims, leads, strict=True)):
+            at = max(0, lead - own) if is_own else 0
+            if dim is None:
+                # Right-hand sides are counted; other things are shared by what they lack a dimension for.
+                moved.append(v.unsqueeze(at) if i < 4 or at else v)
+                continue
+            v = v.movedim(dim, 0)
+            missing = (own if is_own else all_of_r) - lead
+            if missing > 0:
+                v = v.reshape(info.batch_size, *[1] * missing, *v.shape[1:])
+            moved.append(v.movedim(0, at))
+        shape = torch.broadcast_shapes(*(v.shape[:-1] for v in moved[:4]))
+        right = (v.expand(*shape, v.shape[-1]) for v in moved[:4])
+        return _Solve.apply(op, zero, transpose, *right, *moved[4:]), (place,) * 4
 
 
 def _data_gradients(
-    op: _Bound, data: tuple[Tensor, ...], y: Blocks, u: Blocks, transpose: bool
+    op: _Bound, kept: tuple[Tensor, ...], needed: tuple[bool, ...], y: Blocks, u: Blocks, transpose: bool
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradient of -y'Ku with respect to K's data."""
-    *parts, A, G = data
-    Q = op.hessian.with_tensors(*parts)
-    equation, unknown = _masks(op, transpose)
-    y_row, u_row = torch.where(equation, y.row, 0.0), torch.where(unknown, u.row, 0.0)
-    gradients = [*Q.pairing_gradient(y.x, u.x)]
-    gradients.append(_outer(y.eq, u.x) + _outer(u.eq, y.x))
-    gradients.append(_outer(y_row, u.x) + _outer(u_row, y.x))
-    return tuple(-g.sum_to_size(t.shape) for g, t in zip(gradients, data, strict=True))
+    """Return the gradient of -y'Ku with respect to those of K's data that need one."""
+    *masks, A, G = kept
+    equation, unknown, _, *parts = masks
+    if transpose:
+        equation, unknown = unknown, equation
+    gradients: list[Tensor | None] = [None] * len(needed)
+    if any(needed[:-2]):
+        gradients[:-2] = op.hessian.with_tensors(*parts).pairing_gradient(y.x, u.x)
+    if needed[-2]:
+        gradients[-2] = _outer(y.eq, u.x) + _outer(u.eq, y.x)
+    if needed[-1]:
+        y_row, u_row = torch.where(equation, y.row, 0.0), torch.where(unknown, u.row, 0.0)
+        gradients[-1] = _outer(y_row, u.x) + _outer(u_row, y.x)
+    return tuple(
+        -g.sum_to_size(t.shape) if need and g is not None else None
+        for g, t, need in zip(gradients, kept[3:], needed, strict=True)
+    )
 
 
 def _matrix_tangent(
-    op: _Bound, data: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...], u: Blocks, transpose: bool
+    op: _Bound, kept: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...], u: Blocks, transpose: bool
 ) -> Blocks:
     """Return dK u for tangents of K's data."""
-    *parts, A, G = data
+    equation, unknown, _, *parts = kept[:-2]
+    if transpose:
+        equation, unknown = unknown, equation
     *d_parts, dA, dG = tangents
-    equation, unknown = _masks(op, transpose)
     x = op.hessian.with_tensors(*parts).tangent_matvec(tuple(d_parts), u.x)
     x = torch.zeros_like(u.x) if x is None else x
     eq, row = torch.zeros_like(u.eq), torch.zeros_like(u.row)
@@ -677,7 +1005,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (failed,) = ctx.saved_tensors
-        return _gated(tangent, failed)
+        with transforms.seen_by_other_forward_modes():
+            return _gated(tangent, failed)
 
 
 def moved_like(value: Tensor, other: Tensor) -> Tensor:

@@ -10,11 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit, infeasible, relaxed
+from diffopt import implicit, infeasible, operators, relaxed, transforms
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
-    MAPPED_DATA,
     InaccurateSolutionWarning,
     NotDifferentiableError,
     ParameterError,
@@ -26,7 +25,7 @@ from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.precision import full_precision, lowered, raised
 from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import REMEDIES, Solution, Status
+from diffopt.solution import REMEDIES, Certificate, Report, Solution, Status
 from diffopt.solvers.settings import Settings
 
 OnFailure = Literal["raise", "return"]
@@ -242,99 +241,159 @@ def _solve_form(
     weights: dict[str, Any] | None = None,
 ) -> Solution:  # fmt: skip
     if policy is None:
-        solution, solved = _attached(form, backend, settings)
+        solution, reported = _attached(form, backend, settings, on_failure)
     else:
-        if policy == "closest" and settings.relaxation is not None:
-            raise SettingsError(
-                "`relaxation` and on_infeasible='closest' do not go together: the closest problem has no interior, "
-                "and so no central path. Use on_infeasible='elastic', or leave `relaxation` out."
-            )
+        _refuse_together(form, settings, policy)
 
         def each(form: QPForm) -> Solution:
-            return _attached(form, backend, settings)[0]
+            return _attached(form, backend, settings, "return")[0]
 
         solution = infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype))
-        solved = False
-    if not solved:
+        reported = False
+    if not reported:
         _report(solution, on_failure)
     return solution
 
 
-def _attached(form: Form, backend: str | Backend, settings: Settings) -> tuple[Solution, bool]:
-    """Return the solution, attached to the form, and whether all of it is known to be solved."""
-    solver = choose(backend, form)
+def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy) -> None:
+    if policy == "closest" and settings.relaxation is not None:
+        raise SettingsError(
+            "`relaxation` and on_infeasible='closest' do not go together: the closest problem has no interior, "
+            "and so no central path. Use on_infeasible='elastic', or leave `relaxation` out."
+        )
+    if torch.compiler.is_compiling() or any(map(transforms.mapped_here, form.tensors().values())):
+        raise NotDifferentiableError(
+            "`on_infeasible` looks at values, so it does not go inside torch.compile or torch.func.vmap over the data. "
+            "Call it outside, with the batch as leading dimensions."
+        )
+
+
+def _attached(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> tuple[Solution, bool]:
+    """Return the solution, attached to the form, and whether no more need be said about its failures."""
     if settings.relaxation is None:
-        return _exactly(form, solver, settings)
+        return _exactly(form, backend, settings, on_failure)
     relaxed.check(form)
-    solution, solved = _exactly(form, solver, settings)
+    if torch.compiler.is_compiling():
+        raise NotDifferentiableError(
+            "Settings(relaxation=...) does not go inside torch.compile or torch.export yet. Call the layer outside."
+        )
+    if any(map(transforms.mapped_here, form.tensors().values())):
+        return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure)), True
+    solution, reported = _exactly(form, backend, settings, on_failure)
     if not implicit.needs_graph(form):
-        return solution, solved
+        return solution, reported
 
     def work(plain: Form) -> Any:
         return choose(backend, plain).solve(plain, settings)
 
-    return relaxed.relax(form, solution, settings, work, _plainly), solved
+    return relaxed.relax(form, solution, settings, work, _plainly), reported
 
 
-def _exactly(form: Form, solver: Backend, settings: Settings) -> tuple[Solution, bool]:
-    if not _transforms_active():
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
-        with torch.no_grad():
-            found = solver.solve(form, settings, keep)
-        solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
-        return solution, found.solved
-    names = list(form.tensors())
-    done: list[implicit.Prepared] = []
-
-    def run(tensors: tuple[Tensor, ...]) -> None:
-        plain = form.with_tensors(dict(zip(names, tensors, strict=True))).detach()
-        found = solver.solve(plain, settings)
-        weak = settings.weak_tolerance_for(form.dtype)
-        # (The engine computes in torch operations; where transforms are at work, a pullback is of no use.)
-        done.append(implicit.prepare(plain, found, settings.kink_rule, weak))
-
-    _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
-    return implicit.attach(form, done[0]), False
+def _exactly(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> tuple[Solution, bool]:
+    if torch.compiler.is_compiling():
+        return operators.solution(form, backend, settings, on_failure), True
+    if transforms.active():
+        return _transformed(form, backend, settings, on_failure), True
+    solver = choose(backend, form)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
+    with torch.no_grad():
+        found = solver.solve(form, settings, keep)
+    solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
+    return solution, found.solved
 
 
 def _plainly(form: Form, work: Callable[[Form], Any]) -> Any:
     """Call a function with the form over plain tensors, also inside the transforms of ``torch.func``."""
-    if not _transforms_active():
+    if not transforms.active():
         with torch.no_grad():
             return work(form.detach())
-    names, done = list(form.tensors()), []
+    done: list[Any] = []
 
-    def run(tensors: tuple[Tensor, ...]) -> None:
-        done.append(work(form.with_tensors(dict(zip(names, tensors, strict=True))).detach()))
+    def run(inner: Form) -> tuple[Tensor, ...]:
+        if inner.batch_shape != form.batch_shape:
+            raise NotDifferentiableError(
+                "Settings(relaxation=...) does not go inside a derivative inside torch.func.vmap over the data. Pass "
+                "the batch as leading dimensions instead."
+            )
+        plain = inner.detach()
+        done.append(work(plain))
+        return (next(iter(plain.tensors().values())).new_zeros(()),)
 
-    _Opaque.apply(run, *(tensor.detach() for tensor in form.tensors().values()))
+    call = transforms.Call(form, run, second=0, all_layers=True)
+    transforms.Unwrapped.apply(call, *(tensor.detach() for tensor in form.tensors().values()))
     return done[0]
 
 
-# Whether a transform of torch.func is at work. Where torch cannot tell, assume so: the way through it is always right.
-_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+def _transformed(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
+    """Solve inside transforms of ``torch.func``.
+
+    Is the innermost a vmap over the data, then the mapped dimension becomes a leading batch dimension, and the rest is
+    an ordinary call, by the fastest way that there is. Otherwise a derivative is being taken: the problem is solved on
+    tensors unwrapped to the last, and the solution attached to the wrapped ones by its Newton step, which torch
+    then transforms as it does any function.
+    """
+    tensors = form.tensors().values()
+    if any(map(transforms.mapped_here, tensors)):
+        return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure))
+    # The derivative of one instance is many right-hand sides of one small system.
+    alone = form.batch_shape.numel() == 1 and transforms.under_reverse_mode_alone(tensors)
+    done: list[implicit.Prepared] = []
+    direct: list[implicit.Jacobian] = []
+
+    def run(inner: Form) -> tuple[Tensor, ...]:
+        plain = inner.detach()
+        found = choose(backend, plain).solve(plain, settings)
+        jacobian = implicit.jacobian_of(plain, found, settings.kink_rule) if alone else None
+        if jacobian is not None:
+            direct.append(jacobian)
+            return jacobian.outputs()
+        prepared = implicit.prepare(plain, found, settings.kink_rule, settings.weak_tolerance_for(plain.dtype))
+        _report(implicit.attach(plain, prepared), on_failure)
+        done.append(prepared)
+        return implicit.flatten(prepared)
+
+    call = transforms.Call(form, run, implicit.BATCH_SECOND, all_layers=True)
+    outputs = transforms.Unwrapped.apply(call, *(tensor.detach() for tensor in tensors))
+    if direct:
+        return implicit.attach_by_jacobian(form, direct[0], outputs)
+    return implicit.attach(form, implicit.unflatten(done[0], outputs), transformed=True)
 
 
-class _Opaque(torch.autograd.Function):
-    """Runs a solver on plain tensors, also inside the transforms of ``torch.func``: those wrap tensors,
-    and an autograd function is where they hand out what is inside."""
+_FIELDS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status")
 
-    @staticmethod
-    def forward(run: Callable[[tuple[Tensor, ...]], None], *tensors: Tensor) -> Tensor:
-        run(tensors)
-        return tensors[0].new_zeros(())
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
+def _unmapped(form: Form, solve: Callable[[Form], Solution]) -> Solution:
+    """Solve with the dimension that the innermost vmap maps as the first batch dimension."""
+    done: list[Solution] = []
 
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], run: Callable[[tuple[Tensor, ...]], None], *tensors: Tensor
-    ) -> tuple[Tensor, None]:
-        if any(dim is not None for dim in in_dims):
-            raise NotDifferentiableError(MAPPED_DATA)
-        return _Opaque.apply(run, *tensors), None
+    def run(inner: Form) -> tuple[Tensor, ...]:
+        solution = solve(inner)
+        done.append(solution)
+        certificate = () if solution.certificate is None else solution.certificate
+        relaxation = () if solution.gradient_residual is None else (solution.gradient_residual,)
+        return (*solution.report, *(getattr(solution, name) for name in _FIELDS), *certificate, *relaxation)
+
+    call = transforms.Call(form, run, second=2)
+    residuals, counts, *rest = transforms.Unwrapped.apply(call, *form.tensors().values())
+    (whole,) = done
+    fields, rest = rest[: len(_FIELDS)], rest[len(_FIELDS) :]
+    certificate, rest = ((), rest) if whole.certificate is None else (rest[:5], rest[5:])
+
+    def value() -> Tensor:
+        # On access, as elsewhere. (The tensors only say which dimension is mapped.)
+        again = transforms.Call(form, lambda _: (whole.value,), second=0)
+        return transforms.Unwrapped.apply(again, *form.tensors().values())[0]
+
+    return Solution(
+        **dict(zip(_FIELDS, fields, strict=True)),
+        report=Report(residuals, counts),
+        certificate=Certificate(*certificate) if certificate else None,
+        backend=whole.backend,
+        executor=whole.executor,
+        gradient=whole.gradient,
+        gradient_residual=rest[0] if rest else None,
+        _value=value,
+    )
 
 
 def _report(solution: Solution, on_failure: OnFailure) -> None:
@@ -354,6 +413,9 @@ def _report(solution: Solution, on_failure: OnFailure) -> None:
             InaccurateSolutionWarning,
             stacklevel=4,
         )
+
+
+operators.report = _report
 
 
 def _failure_message(solution: Solution, failed: list[list[int]]) -> str:
@@ -377,7 +439,8 @@ def _index(index: list[int]) -> str:
 
 
 def _checked_backend(backend: str | Backend) -> str | Backend:
-    if not (isinstance(backend, str) and backend == "auto"):
+    # (Inside a graph that is being traced, the operator looks it up when it runs.)
+    if not (isinstance(backend, str) and backend == "auto") and not torch.compiler.is_compiling():
         get(backend)
     return backend
 

@@ -31,6 +31,8 @@ class Status(IntEnum):
 ALMOST = 1e-6
 """Relative residual up to which a point that misses the tolerance is still ALMOST_SOLVED."""
 
+_SOLVED, _ALMOST_SOLVED = int(Status.SOLVED), int(Status.ALMOST_SOLVED)
+
 REMEDIES: dict[Status, str] = {
     Status.UNSOLVED: "no solver has run on it",
     Status.MAX_ITERATIONS: "raise `Settings.max_iterations`, loosen `Settings.tolerance`, or rescale the data",
@@ -137,7 +139,7 @@ class Solution:
     @property
     def value(self) -> Tensor:
         """The optimal value, ``(*batch,)``; see the class."""
-        if not isinstance(self._value, Tensor):
+        if callable(self._value):
             with full_precision() if lowered() else nullcontext():
                 object.__setattr__(self, "_value", self._value())
         return self._value  # type: ignore[return-value]
@@ -169,7 +171,8 @@ class Solution:
     @property
     def ok(self) -> Tensor:
         """True where an instance was solved, ``(*batch,)``; mask with ``sol.x[sol.ok]``."""
-        return (self.status == Status.SOLVED) | (self.status == Status.ALMOST_SOLVED)
+        # (Numbers: torch.compile takes the comparison of a tensor with a member of an enumeration for False.)
+        return (self.status == _SOLVED) | (self.status == _ALMOST_SOLVED)
 
     def __repr__(self) -> str:
         counts = status_counts(self.status)
@@ -201,22 +204,33 @@ def status_counts(status: Tensor) -> str:
     return ", ".join(f"{Status(int(c)).name}: {int(k)}" for c, k in zip(codes, counts, strict=True))
 
 
-_CHILDREN = (
-    *("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status", "report", "certificate"),
-    *("shifts", "gradient_residual"),
-)
+_CHILDREN = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status", "value")
+_OPTIONAL = ("certificate", "shifts", "gradient_residual")
 
 
-def _flatten(solution: Solution) -> tuple[list[Any], tuple[str, str, str]]:
+def _flatten(solution: Solution) -> tuple[list[Any], tuple[str, str, str, tuple[str, ...]]]:
+    # Every child has the batch dimensions first: where a transform adds one, it is the same for all of them.
     children = [getattr(solution, name) for name in _CHILDREN]
-    return [*children, solution.value], (solution.backend, solution.executor, solution.gradient)
+    children += [_three(part, 0, -1) for part in solution.report]
+    # What there is not is no child: ``None`` would be a leaf, and transforms return tensors only.
+    there = tuple(name for name in _OPTIONAL if getattr(solution, name) is not None)
+    children += [getattr(solution, name) for name in there]
+    return children, (solution.backend, solution.executor, solution.gradient, there)
 
 
-def _unflatten(children: Any, context: tuple[str, str, str]) -> Solution:
-    *fields, value = children
-    named = dict(zip(_CHILDREN, fields, strict=True))
-    backend, executor, gradient = context
-    return Solution(**named, backend=backend, executor=executor, gradient=gradient, _value=value)
+def _unflatten(children: Any, context: tuple[str, str, str, tuple[str, ...]]) -> Solution:
+    *fields, value, residuals, counts = list(children)[:10]
+    backend, executor, gradient, there = context
+    optional = dict.fromkeys(_OPTIONAL) | dict(zip(there, list(children)[10:], strict=True))
+    report = Report(_three(residuals, -1, 0), _three(counts, -1, 0))
+    return Solution(
+        *fields, report=report, backend=backend, executor=executor, gradient=gradient, _value=value, **optional
+    )
+
+
+def _three(part: Any, place: int, target: int) -> Any:
+    """Move the dimension of size 3 of a part of a `Report`; trees also hold other things than tensors."""
+    return part.movedim(place, target) if isinstance(part, Tensor) and part.dim() else part
 
 
 pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="diffopt.Solution")

@@ -28,7 +28,7 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
-    Fault("sign of the gradient through K", "implicit.py", "tuple(-g.sum_to_size", "tuple(g.sum_to_size", "test_implicit.py"),
+    Fault("sign of the gradient through K", "implicit.py", "-g.sum_to_size(t.shape)", "g.sum_to_size(t.shape)", "test_implicit.py"),
     Fault("dG without its lam term", "kkt.py", "+ rmatvec(form.A, w.eq) + rmatvec(form.G, lam)",
           "+ rmatvec(form.A, w.eq) + rmatvec(form.G, lam).detach()", "test_implicit.py"),
     Fault("mean instead of sum over the batch", "implicit.py", "        w = w.minus(step)",
@@ -66,6 +66,16 @@ FAULTS = [
           "return 2 * grad", "test_implicit.py"),
     Fault("weakly active rows not counted", "implicit.py", "torch.where(failed, 0, active.weak_count())", "torch.where(failed, 0, 0 * active.weak_count())",
           "test_implicit.py"),
+    Fault("a mapped dimension among the right-hand sides", "implicit.py", "place = all_of_r - own if is_own else 0", "place = 0",
+          "test_transforms.py"),
+    Fault("forward mode unseen by another", "transforms.py", "_set_fwd_grad_enabled(True)", "_set_fwd_grad_enabled(False)",
+          "test_implicit.py"),
+    Fault("data computed from data counted twice", "implicit.py",
+          "return {name: tensor.view_as(tensor) for name, tensor in tensors.items()}", "return tensors", "test_implicit.py"),
+    Fault("Jacobian of one instance without its bounds' sides", "implicit.py", "side * gradient[bounds], 0.0)", "gradient[bounds], 0.0)",
+          "test_implicit.py"),
+    Fault("compiled value without its gradient", "operators.py", "return [g.contiguous() for g, need in zip(found, needed, strict=True) if need]",
+          "return [0 * g for g, need in zip(found, needed, strict=True) if need]", "test_operators.py"),
     Fault("auto takes the lowest priority", "backends/registry.py", "key=lambda name: -_all()", "key=lambda name: _all()", "test_solution.py"),
     Fault("given values may replace learned ones", "problems/base.py", 'if kind != "given":', 'if kind == "none":', "test_layer.py"),
     Fault("saved tensors read twice", "implicit.py", "saved = ctx.saved_tensors  # once", "saved = ctx.saved_tensors and ctx.saved_tensors  # once",

@@ -5,6 +5,8 @@ import torch
 
 import diffopt
 from diffopt import Diagonal, Settings, SolveFailed, Status, implicit
+from diffopt.backends.pdipm import PdipmBackend
+from diffopt.check import known
 
 f64 = torch.float64
 
@@ -81,12 +83,20 @@ def test_functional_transforms():
     assert wanted.abs().max() > 1e-3 and torch.allclose(torch.func.hessian(loss)(q), wanted, atol=1e-11)
 
 
-def test_vmap_over_the_data_is_refused_in_words():
-    data = random_qp(2, 4, 4, 1, grad=False)
-    with pytest.raises(
-        diffopt.NotDifferentiableError, match="Batch dimensions lead in every call.*pass the batch to the layer"
-    ):
-        torch.func.vmap(lambda q: diffopt.solve_qp(data[0][0], q).x)(data[1])
+@pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.parametrize("inner", [torch.func.jacrev, torch.func.jacfwd])
+def test_second_derivatives_by_every_pair_of_modes(outer, inner):
+    # Forward mode in forward mode too, of which torch does not see a function's inner part by itself.
+    data = [t[0] for t in random_qp(1, 3, 3, 1, grad=False)]
+
+    def loss(Q, A):
+        return everything(Q, data[1], A, *data[3:]).square().sum()
+
+    wanted = torch.autograd.functional.hessian(loss, (data[0], data[2]))
+    found = outer(inner(loss, (0, 1)), (0, 1))(data[0], data[2])
+    for row, expected in zip(found, wanted, strict=True):
+        for got, block in zip(row, expected, strict=True):
+            assert block.abs().max() > 1e-3 and torch.allclose(got, block, rtol=1e-9, atol=1e-9)
 
 
 def test_shared_data_gets_the_sum_and_Q_a_symmetric_gradient():
@@ -101,6 +111,14 @@ def test_shared_data_gets_the_sum_and_Q_a_symmetric_gradient():
     for t, each in zip(shared, together, strict=True):
         assert torch.allclose(t.grad, each if t is q else each.sum(0), atol=1e-10)
     assert torch.allclose(shared[0].grad, shared[0].grad.mT, atol=1e-14) and shared[0].grad.abs().max() > 1e-3
+
+
+def test_data_computed_from_other_data_counts_once():
+    q = tensor(-1.0, -2.0, grad=True)
+    for create_graph in (False, True):
+        x = diffopt.solve_qp(torch.eye(2, dtype=f64), q, G=torch.eye(2, dtype=f64), h=q / 4).x  # both rows hold
+        (slope,) = torch.autograd.grad(x.sum(), q, create_graph=create_graph)
+        assert torch.allclose(slope, tensor(0.25, 0.25))
 
 
 def test_first_derivative_of_the_value_solves_no_system(monkeypatch):
@@ -126,6 +144,89 @@ def test_attaching_does_not_move_the_values():
     data = random_qp()
     a, b = everything(*data), everything(*[t.detach() for t in data])
     assert torch.equal(a, b)
+
+
+def test_vmap_is_one_native_solve_and_its_backward_the_solvers_own(monkeypatch):
+    problem = known.quadratic_program(6, 5, 1, 4, bounds="both", batch=(3,), shared=True)
+    names, data = tuple(problem.arguments()), problem.arguments()
+    shared = {name for name in names if data[name].dim() == (2 if name in "QAG" else 1)}
+    assert "Q" in shared and "q" not in shared
+    solved, pulled = [], []
+    solve, pull = PdipmBackend.solve, implicit._pulled
+    monkeypatch.setattr(PdipmBackend, "solve", lambda self, form, *a: solved.append(form) or solve(self, form, *a))
+    monkeypatch.setattr(implicit, "_pulled", lambda *a: pulled.append(1) or pull(*a))
+    leaves = [data[name].clone().requires_grad_() for name in names]
+    in_dims = tuple(None if name in shared else 0 for name in names)
+    mapped = torch.func.vmap(lambda *values: diffopt.solve_qp(**dict(zip(names, values, strict=True))), in_dims)
+    solution = mapped(*leaves)
+    assert len(solved) == 1 and solved[0].batch_shape == (3,) and solved[0].Q.batch_shape == ()
+    native = diffopt.solve_qp(**data)
+    for name in ("x", "lam", "value", "status", "iterations", "weakly_active"):
+        assert torch.equal(getattr(solution, name), getattr(native, name)), name
+    assert torch.equal(solution.residuals.primal, native.residuals.primal) and solution.executor == native.executor
+    solution.x.sum().backward()
+    assert len(pulled) == 1 and leaves[0].grad is not None and leaves[0].grad.any()
+
+
+def one_instance(weak=0):
+    if weak:
+        problem = known.degenerate_program(7, 7, 1, 3, bounds="both", weak=weak)
+    else:
+        problem = known.quadratic_program(20, 7, 1, 3, bounds="both")
+    assert weak or all(bool(v.any()) for v in (problem.lam, problem.lam_lower, problem.lam_upper))
+    return tuple(problem.arguments().values())
+
+
+def test_a_jacobian_of_one_instance_takes_one_factor_and_is_that_of_the_newton_step(monkeypatch):
+    data, taken = one_instance(), []
+    places = tuple(range(len(data)))
+    attach = implicit.attach_by_jacobian
+    monkeypatch.setattr(implicit, "attach_by_jacobian", lambda *a: taken.append(1) or attach(*a))
+    solved = []
+    solve = torch.linalg.solve
+    monkeypatch.setattr(torch.linalg, "solve", lambda *a: solved.append(1) or solve(*a))
+    found = torch.func.jacrev(everything, places)(*data)
+    assert len(taken) == 1 and len(solved) == 1  # the value, which is among the outputs, takes none
+    batch = [v.unsqueeze(0) for v in data]  # the same with a batch dimension of one
+    again = torch.func.jacrev(everything, places)(*batch)
+    assert all(torch.allclose(a, b[0].squeeze(1), atol=1e-10) for a, b in zip(found, again, strict=True))
+    monkeypatch.setattr(implicit, "jacobian_of", lambda *a: None)
+    expected = torch.func.jacrev(everything, places)(*data)
+    for got, wanted in zip(found, expected, strict=True):
+        assert wanted.any() and (got - wanted).abs().max() <= 1e-10 * (1 + wanted.abs().max())
+
+
+def test_where_more_than_one_reverse_pass_may_come_the_newton_step_serves(monkeypatch):
+    taken = []
+    attach = implicit.attach_by_jacobian
+    monkeypatch.setattr(implicit, "attach_by_jacobian", lambda *a: taken.append(1) or attach(*a))
+    data = one_instance()
+    q = data[1].clone().requires_grad_()  # a derivative of the Jacobian is wanted outside
+
+    def x(q, *others):
+        return diffopt.solve_qp(others[0], q, *others[1:]).x
+
+    total = torch.func.jacrev(lambda Q: x(q, Q, *data[2:]))(data[0]).square().sum()
+    (slope,) = torch.autograd.grad(total, q)
+    assert slope.any() and not taken
+    step = torch.zeros_like(data[1])
+    step[0] = 1e-5
+    high, low = (
+        torch.func.jacrev(lambda Q, at=at: x(at, Q, *data[2:]))(data[0]).square().sum()
+        for at in (data[1] + step, data[1] - step)
+    )
+    assert len(taken) == 2 and abs(float((high - low) / 2e-5 - slope[0])) <= 1e-6 * (1 + abs(float(slope[0])))
+    kinked = one_instance(weak=1)
+    torch.func.jacrev(lambda q: x(q, kinked[0], *kinked[2:]))(kinked[1])  # counted rows follow the rule for kinks
+    assert len(taken) == 2
+    # The pullback is linear, and can itself be differentiated.
+    _, pullback = torch.func.vjp(lambda q: x(q, data[0], *data[2:]), data[1])
+    assert len(taken) == 3
+    v, u = torch.randn(2, 7, dtype=f64)
+    (forward,) = torch.func.jvp(pullback, (v,), (u,))[1]
+    assert forward.any() and torch.allclose(forward, pullback(u)[0])
+    (outer,) = torch.func.vjp(lambda v: pullback(v)[0], v)[1](u)
+    assert torch.allclose(outer @ v, pullback(v)[0] @ u)
 
 
 # ------------------------------------------------------------------ kinks: the named rules

@@ -8,16 +8,19 @@ import pytest
 import diffopt
 
 ROOT = Path(diffopt.__file__).parent
-GROUND = {"errors", "shapes", "precision", "solution", "cones", "linalg", "_version"}
+GROUND = {"errors", "living", "shapes", "precision", "solution", "cones", "linalg", "_version"}
 ALLOWED = {
     "problems": GROUND | {"problems"},
     "solvers": GROUND | {"solvers"},
     "kkt": GROUND | {"problems"},
     "backends": GROUND | {"problems", "solvers", "kkt", "backends"},
-    "implicit": GROUND | {"problems", "kkt"},
+    "transforms": GROUND | {"problems"},
+    "implicit": GROUND | {"problems", "kkt", "transforms"},
     "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "implicit"},
     "infeasible": GROUND | {"problems", "kkt", "backends", "implicit"},
-    "layer": GROUND | {"problems", "solvers", "backends", "implicit", "infeasible", "relaxed"},
+    "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
+    "layer": GROUND
+    | {"problems", "solvers", "backends", "transforms", "implicit", "infeasible", "relaxed", "operators"},
     "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "layer", "check"},
 } | {name: GROUND for name in GROUND}
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffopt import kkt
 from diffopt.cones import kinds
+from diffopt.living import Living
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import ALMOST, Certificate, Residuals, Status
 from diffopt.solvers.settings import Settings
@@ -75,7 +76,7 @@ class RawPoint:
     system: Any = None
 
 
-class Backend(ABC):
+class Backend(Living, ABC):
     """A solver behind the contract of `RawPoint`. Subclasses write `_solve` and declare ``can``.
 
     Laws (tested for every registered backend over every problem class): an instance reported

@@ -59,6 +59,12 @@ class BarrierForm(Form):
     def with_tensors(self, tensors: dict[str, Tensor]) -> BarrierForm:
         return BarrierForm(self.qp.with_tensors(tensors), self.kappa)
 
+    def core_dims(self) -> tuple[int, ...]:
+        return self.qp.core_dims()
+
+    def rebatched(self, tensors: dict[str, Tensor]) -> BarrierForm:
+        return BarrierForm(self.qp.rebatched(tensors), self.kappa)
+
     def slacks(self, x: Tensor) -> tuple[Sides, Sides]:
         """Return the slacks at x, 1 where there is no barrier, and where there is one."""
         qp, none = self.qp, x.new_full((), torch.inf)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffopt.cones import Cone, NonnegativeCone
 from diffopt.errors import ParameterError, ShapeError
+from diffopt.living import Living
 from diffopt.problems.forms import Derivatives, Form, bound, require_tensor
 from diffopt.problems.structure import Declared, declare
 from diffopt.shapes import broadcast_batch, check_same_kind
@@ -29,7 +30,7 @@ class Param(NamedTuple):
     shape: tuple[str | int, ...]
 
 
-class DifferentiableProblem(ABC):
+class DifferentiableProblem(Living, ABC):
     """minimise f(x; theta) subject to e(x; theta) = 0, g(x; theta) <= 0, lower <= x <= upper.
 
     A subclass states the mathematics in ordinary torch code; everything about optimality
@@ -177,6 +178,13 @@ class NonlinearForm(Form):
         twin = object.__new__(NonlinearForm)
         vars(twin).update(vars(self), params=dict(tensors))
         return twin
+
+    def core_dims(self) -> tuple[int, ...]:
+        sizes = {name: len(shape) for name, shape in self.problem.params}
+        return tuple(sizes[name] for name in self.params)
+
+    def rebatched(self, tensors: dict[str, Tensor]) -> NonlinearForm:
+        return NonlinearForm(self.problem, tensors)
 
     def objective(self, x: Tensor) -> Tensor:
         return self.problem.objective(x, self.params)

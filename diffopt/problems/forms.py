@@ -57,6 +57,14 @@ class Form(ABC):
         """Return the same form over other tensors (same names)."""
 
     @abstractmethod
+    def core_dims(self) -> tuple[int, ...]:
+        """Return how many trailing dimensions of each of `tensors` belong to one instance."""
+
+    @abstractmethod
+    def rebatched(self, tensors: dict[str, Tensor]) -> Form:
+        """Return the same form over other tensors (same names), whose batch dimensions may be others."""
+
+    @abstractmethod
     def objective(self, x: Tensor) -> Tensor:
         """Return f(x), ``(*batch,)``."""
 
@@ -136,7 +144,8 @@ class QPForm(Form):
     ) -> None:
         self._tensors: dict[str, Tensor] | None = None
         # Checks cost more than a small problem, so they are done once for each combination of shapes.
-        key = None if cone is not None else _key(Q, q, A, b, G, h, lower, upper)
+        # (A graph that is being traced has shapes of its own, which may be symbols.)
+        key = None if cone is not None or torch.compiler.is_compiling() else _key(Q, q, A, b, G, h, lower, upper)
         known = None if key is None else _signatures.get(key)
         if known is None:
             known = self._check(Q, q, A, b, G, h, lower, upper, cone)
@@ -184,7 +193,6 @@ class QPForm(Form):
         return known
 
     def core_dims(self) -> tuple[int, ...]:
-        """Return how many trailing dimensions of each of `tensors` belong to one instance."""
         vectors = (1,) * (int(self.lower is not None) + int(self.upper is not None))
         return (*self.Q.core_dims(), 1, 2, 1, 2, 1, *vectors)
 
@@ -223,6 +231,12 @@ class QPForm(Form):
         lower, upper = (None if v is None else v.double() for v in (self.lower, self.upper))
         q, A, b, G, h = (v.double() for v in (self.q, self.A, self.b, self.G, self.h))
         return QPForm(Q, q, A, b, G, h, lower, upper, None if self.cone is self.signature.cone else self.cone)
+
+    def rebatched(self, tensors: dict[str, Tensor]) -> QPForm:
+        twin = self.with_tensors(tensors)
+        Q = twin.Q.given if isinstance(twin.Q, Dense) else twin.Q
+        cone = None if self.cone is self.signature.cone else self.cone
+        return QPForm(Q, twin.q, twin.A, twin.b, twin.G, twin.h, twin.lower, twin.upper, cone)
 
     def instance(self, index: int) -> QPForm:
         """Return the problem of one instance, by its place in the flattened batch, without batch dimensions."""
@@ -263,7 +277,7 @@ def bound(name: str, value: Tensor | float | None, n: int, like: Tensor) -> Tens
     if value is None:
         return None
     if isinstance(value, int | float):
-        return like.new_full((n,), float(value))
+        return torch.full((n,), float(value), dtype=like.dtype, device=like.device)  # (shared, also under vmap)
     require_tensor(name, value)
     if value.dim() == 0:
         return value.expand(n)
@@ -277,7 +291,7 @@ def bound(name: str, value: Tensor | float | None, n: int, like: Tensor) -> Tens
 
 def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> SymmetricMatrix:
     if Q is None:
-        return Diagonal(q.new_zeros(n))
+        return Diagonal(torch.zeros(n, dtype=q.dtype, device=q.device))
     if isinstance(Q, SymmetricMatrix):
         if Q.n != n:
             raise ShapeError(f"`Q` is {Q.n} x {Q.n} but q has {n} entries. Expected the same number.")
@@ -314,7 +328,8 @@ def _key(Q: object, q: object, *rest: object) -> tuple[object, ...] | None:
 
 def _no_rows(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
     # Made anew each time: a tensor kept from inside a transform, or a trace, is of no use outside it.
-    return like.new_empty((0, n)), like.new_empty((0,))
+    options: Any = {"dtype": like.dtype, "device": like.device}
+    return torch.empty((0, n), **options), torch.empty((0,), **options)
 
 
 def _rows(
@@ -336,7 +351,7 @@ def _rows(
             f"(*batch, {rows}, {n}), got {tuple(matrix.shape)}.{hint}"
         )
     if isinstance(side, int | float):
-        side = like.new_full((matrix.shape[-2],), float(side))
+        side = torch.full((matrix.shape[-2],), float(side), dtype=like.dtype, device=like.device)
     require_tensor(side_name, side)
     if side.dim() == 0:
         side = side.expand(matrix.shape[-2])

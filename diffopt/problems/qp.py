@@ -35,12 +35,19 @@ class QuadraticProgram(DifferentiableProblem):
         x = layer(point=torch.randn(8, 3))
     """
 
+    _names: tuple[str, ...] = ()
+
     @abstractmethod
     def form(self, *args: Any, **params: Any) -> QPForm:
         """Return the standard form of these parameter values, by ordinary torch operations."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Once for a class: it takes longer than a small solve.
+        cls._names = tuple(inspect.signature(cls.form).parameters)[1:]
+
     def param_names(self) -> tuple[str, ...]:
-        return tuple(inspect.signature(self.form).parameters)
+        return self._names
 
     def standard_form(self, params: Params) -> QPForm:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -55,6 +55,7 @@ class Settings:
     executor: Literal["auto", "torch", "cpu", "cuda"]
     relaxation: float | None
     relaxation_mode: RelaxationMode
+    text: ClassVar[str]  # of each instance: all of the above, for `read`; operators in compiled graphs carry it
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Settings:
         relaxation_mode: RelaxationMode = "central_path",
         **unknown: Any,
     ) -> None:
-        names = [f.name for f in fields(type(self))]
+        names = _NAMES
         if unknown:
             raise SettingsError(f"Unknown setting {', '.join(map(repr, unknown))}. Expected one of {', '.join(names)}.")
         _check("tolerance", tolerance, tolerance is None or 0 < tolerance < 1, "None or a number between 0 and 1")
@@ -92,6 +93,17 @@ class Settings:
         )
         for name, value in zip(names, values, strict=True):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "text", ",".join([str(value) for value in values]))
+
+    @staticmethod
+    def read(text: str) -> Settings:
+        """Return the settings of this ``text``."""
+        values: Any = dict(zip(_NAMES, text.split(","), strict=True))
+        for name in ("tolerance", "weak_tolerance", "relaxation"):
+            values[name] = None if values[name] == "None" else float(values[name])
+        return Settings(
+            **values | {"max_iterations": int(values["max_iterations"]), "polish": values["polish"] == "True"}
+        )
 
     def replace(self, **changes: Any) -> Settings:
         """Return a copy with some settings changed."""
@@ -108,6 +120,9 @@ class Settings:
         if self.weak_tolerance is not None:
             return self.weak_tolerance
         return 1e-7 if dtype == torch.float64 else 1e-3
+
+
+_NAMES = tuple(f.name for f in fields(Settings))
 
 
 def _check(name: str, value: object, valid: bool, expected: str) -> None:

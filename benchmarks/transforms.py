@@ -1,0 +1,86 @@
+"""What transforms cost: ``vmap`` beside the native batch, Jacobians beside a solve. ``python -m benchmarks.transforms``
+
+Calls are interleaved; a row shows the least and the median time, and the least over that of the first row.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import diffopt
+from benchmarks.timing import duration
+from benchmarks.workload import Case, make
+
+
+def data(case: Case) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(piece) for name, piece in make(case).pieces().items()}
+
+
+def show(title: str, calls: dict[str, Callable[[], object]], repeats: int) -> None:
+    """Time the calls in turn, and print their rows."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(duration(call, 1))
+    print(title)
+    first = min(next(iter(seconds.values())))
+    for name, times in seconds.items():
+        least, median = min(times), float(np.median(times))
+        print(f"  {name:36} {1e3 * least:9.3f} ms  {1e3 * median:9.3f} ms  {least / first:6.2f}")
+
+
+def x(**pieces: Any) -> Tensor:
+    return diffopt.solve_qp(**pieces).x
+
+
+def mapped(batch: int, size: int, repeats: int) -> None:
+    pieces = data(Case(batch, size, size))
+    names = list(pieces)
+    leaves = {name: piece.clone().requires_grad_() for name, piece in pieces.items()}
+    vmapped = torch.func.vmap(lambda *values: x(**dict(zip(names, values, strict=True))))
+    calls: dict[str, Callable[[], object]] = {
+        "native": lambda: x(**pieces),
+        "vmap": lambda: vmapped(*pieces.values()),
+        "native, backward": lambda: torch.autograd.grad(x(**leaves).sum(), list(leaves.values())),
+        "vmap, backward": lambda: torch.autograd.grad(vmapped(*leaves.values()).sum(), list(leaves.values())),
+    }
+    show(f"batch {batch}, n = m = {size}", calls, repeats)
+
+
+def jacobians(size: int, p: int, repeats: int) -> None:
+    one = {name: piece[0] for name, piece in data(Case(1, size, size, p)).items()}
+    names = [name for name in ("q", "b", "h") if name in one]
+    values = tuple(one[name] for name in names)
+
+    def moved(*values: Tensor) -> Tensor:
+        return x(**one | dict(zip(names, values, strict=True)))
+
+    places = tuple(range(len(names)))
+    calls: dict[str, Callable[[], object]] = {
+        "solve": lambda: x(**one),
+        f"jacrev in {', '.join(names)}": lambda: torch.func.jacrev(moved, places)(*values),
+        f"jacfwd in {', '.join(names)}": lambda: torch.func.jacfwd(moved, places)(*values),
+        "jacrev of 2 q + h, for comparison": lambda: torch.func.jacrev(lambda q, h: 2 * q + h, (0, 1))(
+            one["q"], one["h"]
+        ),
+    }
+    show(f"one instance, n = m = {size}, p = {p}", calls, repeats)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    mapped(128, 100, options.repeats)
+    jacobians(100, 0, options.repeats)
+    jacobians(100, 20, options.repeats)

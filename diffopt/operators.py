@@ -1,0 +1,348 @@
+"""A solve as operators of torch, so that ``torch.compile`` and ``torch.export`` take it whole.
+
+Inside a compiled graph a solve is one node, ``torch.ops.diffopt.solve``, and its reverse pass another. What they do is
+decided when they run: shapes, and not values, decide the graph. Everything that is no tensor goes into a `Spec`, a
+string.
+
+A reverse pass needs what the solve has left behind (a factor, memory of compiled code), which is no tensor either. The
+operator returns a number instead, in a tensor whose memory owns it: when the memory goes, so does what was left.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffopt import implicit, kkt, living, transforms
+from diffopt.backends.base import Backend
+from diffopt.backends.registry import choose
+from diffopt.errors import BackendError, NotDifferentiableError
+from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank, SymmetricMatrix
+from diffopt.problems.base import DifferentiableProblem, NonlinearForm
+from diffopt.problems.forms import Form, QPForm
+from diffopt.solution import Report, Solution
+from diffopt.solvers.settings import Settings
+
+OnFailure = Literal["raise", "return"]
+_MATRICES: dict[str, type[SymmetricMatrix]] = {
+    "Dense": Dense, "Diagonal": Diagonal, "DiagonalPlusLowRank": DiagonalPlusLowRank,
+}  # fmt: skip
+
+report: Callable[[Solution, OnFailure], None] | None = None
+"""Warns and raises for what was not solved; ``layer`` puts it here."""
+
+
+class Spec(NamedTuple):
+    """What a graph says of a solve beside its tensors.
+
+    ``kind``: the structure of Q, or ``#`` and the number of a problem given by its functions; ``names`` of the tensors;
+    ``p``, ``m``: of a problem given by its functions (of a quadratic program, tensors say it); ``backend``: a name, or
+    ``#`` and the number of an instance; ``keep``: whether a reverse pass may come.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    p: int
+    m: int
+    keep: bool
+    backend: str
+    on_failure: OnFailure
+    settings: Settings
+
+    def form(self, tensors: Sequence[Tensor]) -> Form:
+        """Return the form over these tensors, in the order of ``names``."""
+        named: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
+        if self.kind.startswith("#"):
+            problem = living.find(int(self.kind[1:]))
+            if not isinstance(problem, DifferentiableProblem):
+                raise BackendError(
+                    "The problem that this graph was compiled or exported with lives no more: a graph refers to a "
+                    "problem given by its functions, and does not hold it. Keep it, and compile again."
+                )
+            return NonlinearForm(problem, named)
+        matrix = _MATRICES[self.kind]
+        parts = [named.pop(name) for name in list(named) if name.startswith("Q")]
+        Q = parts[0] if matrix is Dense else matrix(*parts)
+        return QPForm(Q, **named)
+
+    def chosen(self, form: Form) -> Backend:
+        """Return the backend that solves the form."""
+        if not self.backend.startswith("#"):
+            return choose(self.backend, form)
+        backend = living.find(int(self.backend[1:]))
+        if not isinstance(backend, Backend):
+            raise BackendError(
+                "The backend instance that this graph was compiled or exported with lives no more: a graph refers to "
+                "it, and does not hold it. Keep it, or pass the name of a registered backend."
+            )
+        return choose(backend, form)
+
+
+def written(form: Form, keep: bool, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> str:
+    """Write a `Spec` as a string, in operations that ``torch.compile`` follows."""
+    p, m = 0, 0
+    if isinstance(form, QPForm):
+        kind = type(form.Q).__name__
+        if kind not in _MATRICES:
+            raise NotDifferentiableError(
+                f"torch.compile and torch.export take Q as one of {', '.join(_MATRICES)}, not as {kind}."
+            )
+    else:
+        assert isinstance(form, NonlinearForm)
+        kind, p, m = f"#{id(form.problem)}", form.p, form.m
+        if torch.compiler.is_exporting():
+            raise NotDifferentiableError(
+                "torch.export cannot write down a problem given by its functions: the solver calls them. Expected a "
+                "quadratic program (a subclass of diffopt.QuadraticProgram). torch.compile takes both."
+            )
+    name = backend if isinstance(backend, str) else f"#{id(backend)}"
+    return ";".join([kind, ",".join(form.tensors()), str(p), str(m), str(int(keep)), name, on_failure, settings.text])
+
+
+@lru_cache(maxsize=1000)
+def read(text: str) -> Spec:
+    """Return the `Spec` that `written` wrote."""
+    kind, names, p, m, keep, backend, on_failure, settings = text.split(";", 7)
+    policy: Any = on_failure
+    return Spec(kind, tuple(names.split(",")), int(p), int(m), keep == "1", backend, policy, Settings.read(settings))
+
+
+# ------------------------------------------------------------------ what a solve leaves behind
+
+
+class _Memory(np.ndarray):
+    """One number, and what it stands for. A tensor over it keeps it alive."""
+
+    reverse: implicit.Reverse
+
+
+_numbers = itertools.count(1)
+_left: WeakValueDictionary[int, _Memory] = WeakValueDictionary()
+
+
+def _leave(reverse: implicit.Reverse | None) -> Tensor:
+    memory = np.zeros(1, dtype=np.int64).view(_Memory)
+    if reverse is not None:
+        memory[0] = next(_numbers)
+        memory.reverse = reverse
+        _left[int(memory[0])] = memory
+    return torch.from_numpy(memory)
+
+
+# ------------------------------------------------------------------ the operators
+
+Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _solved(data: Sequence[Tensor], spec: Spec, keep: bool) -> tuple[kkt.Solved, Tensor, implicit.Reverse | None]:
+    settings = spec.settings
+    with transforms.plain_inside_an_operator():
+        form = spec.form([tensor.detach() for tensor in data])
+        found = spec.chosen(form).solve(form, settings, keep)
+        counts, reverse = implicit.apart(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype), keep)
+    return found, counts, reverse
+
+
+@torch.library.custom_op("diffopt::solve", mutates_args=())
+def solve(data: Sequence[Tensor], spec: str) -> Ten:
+    """Return x, s, nu, lam, lam_lower, lam_upper, status, residuals and counts (batch dimensions first), and the number
+    of what the solve has left behind for its reverse pass."""
+    parsed = read(spec)
+    found, counts, reverse = _solved(data, parsed, parsed.keep)
+    if not found.solved:
+        assert report is not None
+        values = kkt.Point(*(v.detach() for v in found.point))
+        whole = Solution(
+            values.x, values.s, values.lam, values.nu, values.lam_lower, values.lam_upper, found.status,
+            Report(found.residuals, counts), found.certificate, found.backend, found.executor,
+            lambda: parsed.form([tensor.detach() for tensor in data]).objective(values.x),
+        )  # fmt: skip
+        report(whole, parsed.on_failure)
+    parts = (*found.point, found.status, found.residuals.double().movedim(0, -1), counts.movedim(0, -1))
+    # (As the one below promises.)
+    return (*(part.contiguous() for part in parts), _leave(reverse))  # type: ignore[return-value]
+
+
+@solve.register_fake
+def _(data: Sequence[Tensor], spec: str) -> Ten:
+    parsed = read(spec)
+    batch, (n, p, m) = _batch(data, parsed), _sizes(data, parsed)
+    like = data[0]
+    point = (like.new_empty((*batch, size)) for size in (n, m, p, m, n, n))
+    status = like.new_empty(batch, dtype=torch.int8)
+    residuals, counts = (like.new_empty((*batch, 3), dtype=kind) for kind in (torch.float64, torch.int64))
+    return (*point, status, residuals, counts, torch.empty(1, dtype=torch.int64))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("diffopt::pullback", mutates_args=())
+def pullback(
+    number: Tensor, data: Sequence[Tensor], point: Sequence[Tensor], gradients: Sequence[Tensor | None],
+    needed: Sequence[bool], spec: str,
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients for those of the data that need one, from those for the entries of the point."""
+    data = [tensor.detach() for tensor in data]
+    memory = _left.get(int(number))
+    if memory is not None:
+        reverse = memory.reverse
+    else:  # what a solve left does not travel with a copy of its number: solve again
+        _, _, again = _solved(data, read(spec), keep=True)
+        assert again is not None
+        reverse = again
+    with transforms.plain_inside_an_operator():
+        found = reverse.first_order(read(spec).form(data), kkt.Point(*point), tuple(gradients), tuple(needed))
+    given = {g.data_ptr() for g in gradients if g is not None}
+    wanted = [
+        torch.zeros_like(tensor) if gradient is None else gradient.contiguous()
+        for tensor, gradient, need in zip(data, found, needed, strict=True)
+        if need
+    ]
+    # (An operator must not return what it was given.)
+    return [gradient.clone() if gradient.data_ptr() in given else gradient for gradient in wanted]
+
+
+@pullback.register_fake
+def _(
+    number: Tensor, data: Sequence[Tensor], point: Sequence[Tensor], gradients: Sequence[Tensor | None],
+    needed: Sequence[bool], spec: str,
+) -> list[Tensor]:  # fmt: skip
+    return [tensor.new_empty(tensor.shape) for tensor, need in zip(data, needed, strict=True) if need]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    data, ctx.spec = inputs
+    ctx.count = len(data)
+    ctx.save_for_backward(*data, *output[:6], output[9])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[list[Tensor | None], None]:
+    data, (*point, number) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    gradients, parsed = grads[:6], read(ctx.spec)
+    needed = tuple(tensor.requires_grad for tensor in data)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        memory = _left.get(int(number))
+        reverse = memory.reverse if memory is not None else _solved(data, parsed, keep=True)[2]
+        assert reverse is not None
+        return list(reverse.with_graph(parsed.form(data), kkt.Point(*point), gradients, needed)), None
+    found = iter(pullback(number, list(data), point, list(gradients), list(needed), ctx.spec))
+    return [next(found) if need else None for need in needed], None
+
+
+solve.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+@torch.library.custom_op("diffopt::value", mutates_args=())
+def value(data: Sequence[Tensor], point: Sequence[Tensor], status: Tensor, spec: str) -> Tensor:
+    """Return the optimal values of a batch, whose derivative is that of the Lagrangian."""
+    with transforms.plain_inside_an_operator():
+        return read(spec).form([tensor.detach() for tensor in data]).objective(point[0].detach()).clone()
+
+
+@value.register_fake
+def _(data: Sequence[Tensor], point: Sequence[Tensor], status: Tensor, spec: str) -> Tensor:
+    return data[0].new_empty(status.shape)
+
+
+@torch.library.custom_op("diffopt::value_pullback", mutates_args=())
+def value_pullback(
+    gradient: Tensor, data: Sequence[Tensor], point: Sequence[Tensor], status: Tensor, needed: Sequence[bool], spec: str
+) -> list[Tensor]:
+    """Return the gradients for those of the data that need one: partial derivatives of the Lagrangian."""
+    leaves = [v.detach().requires_grad_(need) for v, need in zip(data, needed, strict=True)]
+    plain = kkt.Point(*(v.detach() for v in point))
+    with transforms.plain_inside_an_operator():
+        found, _ = implicit.value_gradients(read(spec).form(leaves), plain, status, gradient, create_graph=False)
+    return [g.contiguous() for g, need in zip(found, needed, strict=True) if need]
+
+
+@value_pullback.register_fake
+def _(
+    gradient: Tensor, data: Sequence[Tensor], point: Sequence[Tensor], status: Tensor, needed: Sequence[bool], spec: str
+) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor, need in zip(data, needed, strict=True) if need]
+
+
+def _keep_for_value(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    data, point, status, ctx.spec = inputs
+    ctx.count = len(data)
+    ctx.save_for_backward(*data, *point, status)
+
+
+def _value_backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None], list[Tensor | None], None, None]:
+    data, (*point, status) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    needed = [tensor.requires_grad for tensor in data]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The second derivative goes through the point as well.
+        form = read(ctx.spec).form(data)
+        first, second = implicit.value_gradients(form, kkt.Point(*point), status, gradient, create_graph=True)
+        return list(first), list(second), None, None
+    found = iter(value_pullback(gradient, list(data), point, status, needed, ctx.spec))
+    # (The slope of the Lagrangian in the point is zero.)
+    return [next(found) if need else None for need in needed], [None] * len(point), None, None
+
+
+value.register_autograd(_value_backward, setup_context=_keep_for_value)
+
+
+# ------------------------------------------------------------------ shapes
+
+
+def _cores(spec: Spec) -> tuple[int, ...]:
+    """Return how many trailing dimensions of each tensor belong to one instance."""
+    if spec.kind.startswith("#"):
+        problem = living.find(int(spec.kind[1:]))
+        sizes = {name: len(shape) for name, shape in problem.params}
+        return tuple(sizes[name] for name in spec.names)
+    of_Q = {"Dense": (2,), "Diagonal": (1,), "DiagonalPlusLowRank": (1, 2)}[spec.kind]
+    return (*of_Q, *({"A": 2, "G": 2}.get(name, 1) for name in spec.names[len(of_Q) :]))
+
+
+def _batch(data: Sequence[Tensor], spec: Spec) -> torch.Size:
+    leads = (tensor.shape[: tensor.dim() - core] for tensor, core in zip(data, _cores(spec), strict=True))
+    return torch.broadcast_shapes(*leads)
+
+
+def _sizes(data: Sequence[Tensor], spec: Spec) -> tuple[int, int, int]:
+    if spec.kind.startswith("#"):
+        return living.find(int(spec.kind[1:])).n, spec.p, spec.m
+    named = dict(zip(spec.names, data, strict=True))
+    return named["q"].shape[-1], named["A"].shape[-2], named["G"].shape[-2]
+
+
+# ------------------------------------------------------------------ what a compiled call returns
+
+
+INSIDE = (
+    "Inside torch.compile, a solve can be differentiated by backward() alone: torch gives operators neither forward "
+    "mode nor the transforms of torch.func. Call those (jvp, jacrev, hessian, vmap, a dual level) on the model without "
+    "torch.compile. A batch needs no vmap: batch dimensions lead in every call."
+)
+
+
+def solution(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
+    """Solve by the operators; for the eyes of ``torch.compile`` and ``torch.export``.
+
+    Which backend and executor it was is only known when the graph runs: the names are those that were asked for, and a
+    certificate is not returned.
+    """
+    if transforms.active() or transforms.forward_mode():
+        raise NotDifferentiableError(INSIDE)
+    data = list(form.tensors().values())
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in data)
+    spec = written(form, keep, backend, settings, on_failure)
+    x, s, nu, lam, lower, upper, status, residuals, counts, _ = solve(data, spec)
+    return Solution(
+        x, s, lam, nu, lower, upper, status,
+        report=Report(residuals.movedim(-1, 0), counts.movedim(-1, 0)),
+        certificate=None,
+        backend=backend if isinstance(backend, str) else backend.name,
+        executor=settings.executor,
+        _value=lambda: value(data, [x, s, nu, lam, lower, upper], status, spec),
+    )  # fmt: skip
