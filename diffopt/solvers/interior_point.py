@@ -41,7 +41,13 @@ class Outcome(NamedTuple):
 
 
 def solve(
-    qp: ScaledQP, system: Saddle, run: Tensor, tolerance: float, max_iterations: int, bounded: bool = False
+    qp: ScaledQP,
+    system: Saddle,
+    run: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    bounded: bool = False,
+    hold: bool = False,
 ) -> Outcome:
     """Solve the instances marked in ``run`` by Mehrotra's predictor-corrector method.
 
@@ -55,6 +61,8 @@ def solve(
         tolerance: worst relative residual, in original and in equilibrated units.
         max_iterations: at least 1.
         bounded: the objective is known to be strictly convex, so unboundedness is not looked for.
+        hold: give every row an equation of its own in the n x n form. Slower; does not lose flat directions of Q
+            where weights are large.
 
     References:
         Mehrotra (1992), "On the implementation of a primal-dual interior point method"; for QPs and
@@ -65,7 +73,7 @@ def solve(
     """
     # The n x n form loses what stands between its smallest and largest weight; the others need no refinement.
     refinements = 2 if system.reduction == "primal" else 0
-    state = start(qp, system)
+    state = start(qp, system, hold)
     shape = qp.batch
     best, best_residual = state, torch.full(shape, torch.inf, dtype=qp.q.dtype, device=qp.q.device)
     stopped = ~run.expand(shape)
@@ -94,7 +102,7 @@ def solve(
         r_row = torch.where(qp.on, qp.apply_C(state.x) + state.s - qp.d, 0.0)
         mu = complementarity(state.s, state.z, qp.on)
 
-        newton = NewtonSystem(qp, system, state, refinements)
+        newton = NewtonSystem(qp, system, state, refinements, hold)
         affine = newton.step(r_dual, r_eq, r_row, torch.zeros_like(state.s))
         alpha = longest_step(state.s, state.z, affine.s, affine.z, qp.on).unsqueeze(-1)
         mu_affine = complementarity(state.s + alpha * affine.s, state.z + alpha * affine.z, qp.on)
@@ -124,7 +132,7 @@ def solve(
     return Outcome(best, best_residual, iterations, primal_infeasible, dual_infeasible, failed)
 
 
-def start(qp: ScaledQP, system: Saddle) -> State:
+def start(qp: ScaledQP, system: Saddle, hold: bool = False) -> State:
     """Return the minimiser of the objective plus 1/2 |Cx - d|^2 over the rows, and s and z from its distances.
 
     A row whose side is far away counts less, so that a bound of 1e12 that nobody will meet does
@@ -133,7 +141,7 @@ def start(qp: ScaledQP, system: Saddle) -> State:
     one = torch.ones_like(qp.d)
     far = (qp.d.abs() / FAR).clamp_min(1).square()
     at = State(qp.q.new_zeros(*qp.batch, qp.n), torch.zeros_like(qp.b), torch.zeros_like(qp.target), far, one)
-    newton = NewtonSystem(qp, system, at, refinements=1)
+    newton = NewtonSystem(qp, system, at, refinements=1, hold=hold)
     # With s = far, z = 1 and target = far the row equation reads C dx - far dz = d.
     step = newton.step(qp.q, -qp.b, -qp.d, far)
     s, z = interior_start(qp.d - qp.apply_C(step.x), step.z, qp.on)

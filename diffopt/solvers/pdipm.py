@@ -14,7 +14,7 @@ from diffopt.linalg.scaling import Scaling, regularisation
 from diffopt.solution import Status
 from diffopt.solvers import certificates, interior_point
 from diffopt.solvers.executor import Data
-from diffopt.solvers.polish import polish
+from diffopt.solvers.polish import Polished, active_rows, polish
 from diffopt.solvers.scaled_qp import ScaledQP, State
 from diffopt.solvers.settings import Settings
 
@@ -155,9 +155,12 @@ def _strictly_convex(qp: ScaledQP) -> Tensor:
 
 
 def _solve_scaled(
-    qp: ScaledQP, run: Tensor, settings: Settings, tolerance: float
+    qp: ScaledQP, run: Tensor, settings: Settings, tolerance: float, thorough: bool = True
 ) -> tuple[interior_point.Outcome, tuple[ActiveSystem | None, str]]:
-    """Solve the marked instances; return the outcome, and (system, reduction)."""
+    """Solve the marked instances; return the outcome, and (system, reduction).
+
+    ``thorough``: try those that stay unsolved once more, by a slower elimination.
+    """
     first, safe = choose_reduction(qp, settings.reduction)
     groups = [(first, run & safe), ("primal", run & ~safe)]
     # Whether a group is empty decides what is worth running, not what any instance gets.
@@ -169,17 +172,23 @@ def _solve_scaled(
             group = group & ~_nonconvex(qp)
         saddle = Saddle(qp.Q, qp.A, qp.G, reduction, regularisation(qp.scaling, reduction))
         convex = saddle.reduction != "primal"
-        outcome = interior_point.solve(qp, saddle, group, tolerance, settings.max_iterations, bounded=convex)
-        if settings.polish:
-            # An active set can be right long before the point is; whether it is, the polish finds out.
-            close = group & (outcome.residual <= WORTH_POLISHING) & ~outcome.primal_infeasible
-            done = polish(qp, saddle, outcome.state, outcome.residual, close)
-            outcome = outcome._replace(state=done.state, residual=done.residual)
-            if len(groups) == 1:
-                row, lower, upper = qp.split(done.active)
-                system = ActiveSystem(
-                    done.factor, qp.scaling, row, lower if qp.has_lower else None, upper if qp.has_upper else None
-                )
+        outcome, done = _attempt(qp, saddle, group, settings, tolerance, convex, hold=False)
+        if thorough and reduction == "primal":
+            lost = group & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
+            if bool(lost.any()):
+                again, second = _attempt(qp, saddle, lost, settings, tolerance, convex, hold=True)
+                better = lost & (again.residual < outcome.residual)
+                rest = [torch.where(better, a, b) for a, b in zip(again[1:], outcome[1:], strict=True)]
+                outcome = interior_point.Outcome(again.state.where(better, outcome.state), *rest)
+                if done is not None and second is not None:
+                    active = torch.where(better.unsqueeze(-1), second.active, done.active)
+                    factor = saddle.factor(active_rows(qp, active), final=True)
+                    done = done._replace(active=active, factor=factor)
+        if done is not None and len(groups) == 1:
+            row, lower, upper = qp.split(done.active)
+            system = ActiveSystem(
+                done.factor, qp.scaling, row, lower if qp.has_lower else None, upper if qp.has_upper else None
+            )
         outcomes.append((group, reduction, outcome))
     _, name, merged = outcomes[0]
     for group, reduction, outcome in outcomes[1:]:
@@ -188,6 +197,19 @@ def _solve_scaled(
         rest = [torch.where(group, a, b) for a, b in zip(outcome[1:], merged[1:], strict=True)]
         merged = interior_point.Outcome(state, *rest)
     return merged, (system, name)
+
+
+def _attempt(
+    qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool, hold: bool
+) -> tuple[interior_point.Outcome, Polished | None]:
+    """Iterate, and polish if that is wanted."""
+    outcome = interior_point.solve(qp, saddle, run, tolerance, settings.max_iterations, bounded=convex, hold=hold)
+    if not settings.polish:
+        return outcome, None
+    # An active set can be right long before the point is; whether it is, the polish finds out.
+    close = run & (outcome.residual <= WORTH_POLISHING) & ~outcome.primal_infeasible
+    done = polish(qp, saddle, outcome.state, outcome.residual, close)
+    return outcome._replace(state=done.state, residual=done.residual), done
 
 
 def _nonconvex(qp: ScaledQP) -> Tensor:
@@ -239,7 +261,7 @@ class _Multipliers(NamedTuple):
 
 def _auxiliary(problem: certificates.Auxiliary, batch: torch.Size, run: Tensor) -> _Multipliers:
     qp = ScaledQP(*problem, batch)
-    outcome, _ = _solve_scaled(qp, run, Settings(max_iterations=60), 1e-12)
+    outcome, _ = _solve_scaled(qp, run, Settings(max_iterations=60), 1e-12, thorough=False)
     return _Multipliers(*original(qp, outcome.state)[:5])
 
 
