@@ -28,14 +28,14 @@ from diffopt.solvers.settings import Settings
 LANES_UP_TO = 32
 """Variables, and constraints, up to which a problem takes one lane of a register rather than all of them."""
 
-AT_ONCE = 2e9
+AT_ONCE = 1e9
 """Operations after which the library returns to Python, so that Ctrl-C is heard within about a second."""
 
 MOST_LAYOUTS = 1000
 """Combinations of shapes that are remembered."""
 
 _REDUCTIONS = {"auto": 0, "dual": 1, "diagonal": 2, "primal": 3}
-_CALL = struct.Struct("25q14q3d6q")
+_CALL = struct.Struct("25q14q4d6q")
 _GRADIENTS = struct.Struct("15q")
 _COUNT = (1 << 40) - 1
 _WAYS = {1: "dual", 2: "diagonal", 4: "primal"}
@@ -149,11 +149,12 @@ class CpuExecutor(Executor):
             at_saved = saved.data_ptr()
             at_once = at_saved + 8 * count * size if once else 0
         at = counts.data_ptr()
+        claim = settings.tolerance_for(q.dtype)
         call = _CALL.pack(
             count, n, p, m, layout.rank, layout.hessian, layout.single, *pointers, *layout.strides,
             x.data_ptr(), s.data_ptr(), lam.data_ptr(), nu.data_ptr(), lower.data_ptr(), upper.data_ptr(),
             status.data_ptr(), at, at + 8 * count, at + 16 * count, residuals.data_ptr(), at_saved, at_once, size,
-            tolerance, weak_tolerance, max(ALMOST, tolerance), settings.max_iterations,
+            tolerance, weak_tolerance, claim, max(ALMOST, claim), settings.max_iterations,
             _REDUCTIONS[settings.reduction], settings.polish, keep,
             torch.get_num_threads(), LANES_UP_TO,
         )  # fmt: skip
@@ -314,7 +315,7 @@ class _Layout:
         if known is None:
             call = _CALL.pack(
                 self.count, *self.sizes, self.rank, self.hessian, 0, *self.present, *self.strides, *[0] * 14,
-                0.0, 0.0, 0.0, 0, _REDUCTIONS[settings.reduction], settings.polish, 0, 0, LANES_UP_TO,
+                0.0, 0.0, 0.0, 0.0, 0, _REDUCTIONS[settings.reduction], settings.polish, 0, 0, LANES_UP_TO,
             )  # fmt: skip
             known = self._saved[key] = handle.diffopt_saved_size(call, 0), handle.diffopt_saved_size(call, 1)
         return known

@@ -49,7 +49,8 @@ struct Batch {
 enum Reduction : int64_t { REDUCE_AUTO, REDUCE_DUAL, REDUCE_DIAGONAL, REDUCE_PRIMAL };
 
 struct Options {
-    double tolerance, weak_tolerance, almost;  // almost: residual up to which an instance is ALMOST_SOLVED
+    double tolerance, weak_tolerance;
+    double claim, almost;  // residuals of the answer, as written, up to which an instance is SOLVED or ALMOST_SOLVED
     int64_t max_iterations, reduction, polish, keep, threads, lanes_up_to;
 };
 
@@ -67,6 +68,11 @@ struct Answer {
 enum Status : int8_t {
     UNSOLVED, SOLVED, ALMOST_SOLVED, MAX_ITERATIONS, PRIMAL_INFEASIBLE, DUAL_INFEASIBLE, NUMERICAL_ERROR, NONFINITE_INPUT
 };
+
+// What may be said of a point with this residual.
+inline int8_t graded(const Options& options, double residual) {
+    return residual <= options.claim ? SOLVED : residual <= options.almost ? ALMOST_SOLVED : NUMERICAL_ERROR;
+}
 
 // A block of memory, aligned to registers, from which a thread takes arrays one after the other.
 class Arena {

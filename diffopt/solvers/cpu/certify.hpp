@@ -53,10 +53,19 @@ class Whole {
             if (ray) write_ray(status, *ray);
             return write_nothing(batch, i, status, answer);
         }
-        // One that was given up may still stand on a good point: believe the residuals, both ways.
+        // One that was given up may still stand on a good point: believe the residuals, both ways. Those of what is
+        // written, that is, which may be rounded.
+        if (batch.single) {
+            const State &v = main_.state, &rounded = direction_;
+            auto round = [](double* to, const double* from, Index size) {
+                for (Index j = 0; j < size; j++) to[j] = static_cast<float>(from[j]);
+            };
+            round(rounded.x, v.x, k.np), round(rounded.nu, v.nu, k.pp), round(rounded.y, v.y, k.np);
+            round(rounded.z, v.z, k.rows);
+            main_.errors = k.measure(rounded);
+        }
         const double found = main_.errors.worst_original();
-        if (status != SOLVED && found <= options.tolerance) status = SOLVED;
-        if (status != SOLVED && found <= options.almost) status = ALMOST_SOLVED;
+        if (status == SOLVED || found <= options.almost) status = graded(options, found);
         if (batch.single) write<float>(batch, options, i, status, answer);
         else write<double>(batch, options, i, status, answer);
     }

@@ -405,7 +405,6 @@ template <class P> class Dual {
     Flag clip_multipliers();
     Number measure_point(Flag& inside);
     void finish(Flag accepted, int64_t step, const Answer& answer);
-    void write(int lane, int64_t step, Index weak, const Answer& answer);
     template <class T> void write_point(int lane, const Answer& answer) const;
     void keep(const Answer& answer);
     void keep_lanes(Flag accepted, const Answer& answer);

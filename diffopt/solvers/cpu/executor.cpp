@@ -205,7 +205,7 @@ int64_t solve_rest(const Batch& batch, const Options& options, const Answer& ans
 
 using namespace diffopt;
 
-DIFFOPT_API int32_t diffopt_abi() { return 4; }
+DIFFOPT_API int32_t diffopt_abi() { return 5; }
 
 // The widest instruction set of this machine: 0 baseline, 1 AVX2 + FMA, 2 AVX-512 (F, DQ, VL, BW).
 DIFFOPT_API int32_t diffopt_cpu_level() {
@@ -251,8 +251,11 @@ DIFFOPT_API int64_t diffopt_solve(const Call* call, int64_t begin, int64_t end) 
         if (takes_dual(batch, options)) {
             const int64_t missing = solve_by_dual(batch, options, answer, places, begin, end);
             if (missing <= 0) return missing < 0 ? missing : BY_DUAL;
+            const bool some = std::any_of(answer.status + begin, answer.status + end, [](int8_t s) { return s != UNSOLVED; });
             const int64_t rest = solve_rest(batch, options, answer, places, begin, end);
-            return rest < 0 || missing == end - begin ? rest : rest | BY_DUAL;
+            if (rest < 0) return rest;
+            const auto unsolved = std::count_if(answer.status + begin, answer.status + end, [](int8_t s) { return s != SOLVED; });
+            return unsolved | (rest & (BY_DIAGONAL | BY_PRIMAL)) | (some ? BY_DUAL : 0);
         }
         return solve_rest(batch, options, answer, places, begin, end);
     } catch (...) {

@@ -283,24 +283,37 @@ template <class P> void Dual<P>::finish(Flag accepted, int64_t step, const Answe
             P::store(active, select(drop, 0.0, P::load(active)));
         }
     });
-    for (int lane = 0; lane < P::S; lane++)
-        if (P::lane(accepted, lane) && first_ + lane < batch_.count) write(lane, step, weak[lane], answer);
+    auto each_accepted = [&](auto f) {
+        for (int lane = 0; lane < P::S; lane++)
+            if (P::lane(accepted, lane) && first_ + lane < batch_.count) f(lane, first_ + lane);
+    };
+    each_accepted([&](int lane, Index) {
+        if (batch_.single) write_point<float>(lane, answer);
+        else write_point<double>(lane, answer);
+    });
+    if (batch_.single) {
+        // The residuals are those of what is written, which is rounded.
+        for (Index j = 0; j < k.np * P::S; j++) x_[j] = static_cast<float>(x_[j]);
+        for (Index j = 0; j < k.joint * P::S; j++) y_[j] = static_cast<float>(y_[j]);
+        residual_of_point();
+        Flag inside;
+        measure_point(inside);
+    }
+    each_accepted([&](int lane, Index i) {
+        const double worst = vmax_nan(vmax_nan(errors_[0][lane], errors_[1][lane]), errors_[2][lane]);
+        answer.status[i] = graded(options_, worst);
+        answer.iterations[i] = step;
+        answer.weak[i] = weak[lane];
+        answer.dependent[i] = answer.status[i] == NUMERICAL_ERROR ? -1 : 0;
+        for (int e = 0; e < 3; e++) answer.residuals[e * batch_.count + i] = errors_[e][lane];
+    });
     if (!answer.saved) return;
     if (dropped) hold(true);
     if constexpr (P::LANES) keep_lanes(accepted, answer);
     else keep(answer);
-}
-
-template <class P>
-void Dual<P>::write(int lane, int64_t step, Index weak, const Answer& answer) {
-    const Index i = first_ + lane;
-    if (batch_.single) write_point<float>(lane, answer);
-    else write_point<double>(lane, answer);
-    answer.status[i] = SOLVED;
-    answer.iterations[i] = step;
-    answer.weak[i] = weak;
-    answer.dependent[i] = 0;
-    for (int e = 0; e < 3; e++) answer.residuals[e * batch_.count + i] = errors_[e][lane];
+    each_accepted([&](int lane, Index i) {
+        if (answer.status[i] == NUMERICAL_ERROR) answer.saved[first_ * answer.saved_stride + lane] = NO_SOLUTION;
+    });
 }
 
 template <class P> template <class T> void Dual<P>::write_point(int lane, const Answer& answer) const {
