@@ -793,25 +793,31 @@ def test_no_reference_cycle(use: str, failing: bool, spied: list[Any]) -> None:
 # ---- every instruction set -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", library.VARIANTS)
+def variants() -> dict[str, ctypes.CDLL]:
+    """Return the compiled variants that this machine runs."""
+    found = {}
+    for name in library.VARIANTS:
+        for path in [path for folder in library.folders() for path in folder.glob(f"libdiffopt_cpu_{name}.*")][:1]:
+            handle = ctypes.CDLL(str(path))
+            if handle.diffopt_abi() == library.ABI and handle.diffopt_cpu_level() >= library.VARIANTS.index(name):
+                found[name] = handle
+    return found
+
+
+@pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("size", SIZES)
 def test_variants_read_nothing_that_they_did_not_write(
     size: str, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each variant that this machine runs gives the answer of torch, with records full of NaN before."""
-    found = [path for folder in library.folders() for path in folder.glob(f"libdiffopt_cpu_{variant}.*")]
-    functions = [ctypes.CDLL(str(path)) for path in found[:1]]
-    if not functions or functions[0].diffopt_abi() != library.ABI:
-        pytest.skip("the compiler did not make this variant")
-    if functions[0].diffopt_cpu_level() < library.VARIANTS.index(variant):
-        pytest.skip("the machine lacks the instructions")
+    handle = variants()[variant]
     empty = torch.empty
 
     def full_of_nan(*arguments: Any, **named: Any) -> Tensor:
         made = empty(*arguments, **named)
         return made.fill_(torch.nan) if made.dtype.is_floating_point else made
 
-    monkeypatch.setattr(cpu_executor, "_executor", cpu_executor.CpuExecutor(functions[0]))
+    monkeypatch.setattr(cpu_executor, "_executor", cpu_executor.CpuExecutor(handle))
     for dtype, shared in ((f64, False), (f64, True), (torch.float32, False)):
         for count in (1, 3, 9):
             data = drawn(size, count, dtype, shared)
