@@ -277,6 +277,29 @@ def test_a_functional_call_takes_other_parameters(make: Make) -> None:
         assert measures.relative(found[name], expected) <= GRADIENT[q.dtype]
 
 
+def test_an_ensemble_is_one_batch(make: Make) -> None:
+    models = [make(), make(), make()]
+    for scale, model in zip((1.0, 0.5, 2.0), models, strict=True):
+        with torch.no_grad():
+            model.get_parameter("Q").mul_(scale)
+            model.get_parameter("A").mul_(1.5 - 0.5 * scale)
+    q = costs(models[0])
+    parameters, buffers = torch.func.stack_module_state(models)  # type: ignore[arg-type]
+    base = copy.deepcopy(models[0])
+
+    def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(base, (parameters, buffers), (q,))
+
+    x = torch.func.vmap(run)(parameters, buffers)
+    assert x.shape == (3, len(q), N)
+    found = torch.autograd.grad(sum(loss(v) for v in x), list(parameters.values()))  # type: ignore[arg-type]
+    for i, model in enumerate(models):
+        assert measures.relative(x[i], model(q)) <= SOLUTION[q.dtype]
+        expected = gradients(model, q)
+        for name, gradient in zip(parameters, found, strict=True):
+            assert measures.relative(gradient[i], expected[name]) <= GRADIENT[q.dtype], (i, name)
+
+
 def test_hooks_are_called_with_what_passes(make: Make) -> None:
     layer = make()
     q = costs(layer).requires_grad_()
