@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -31,6 +31,7 @@ from diffopt.solution import Report, Solution
 from diffopt.solvers.settings import Settings
 
 OnFailure = Literal["raise", "return"]
+Found = TypeVar("Found")
 _MATRICES: dict[str, type[SymmetricMatrix]] = {
     "Dense": Dense, "Diagonal": Diagonal, "DiagonalPlusLowRank": DiagonalPlusLowRank,
 }  # fmt: skip
@@ -60,13 +61,7 @@ class Spec(NamedTuple):
         """Return the form over these tensors, in the order of ``names``."""
         named: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
         if self.kind.startswith("#"):
-            problem = living.find(int(self.kind[1:]))
-            if not isinstance(problem, DifferentiableProblem):
-                raise BackendError(
-                    "The problem that this graph was compiled or exported with lives no more: a graph refers to a "
-                    "problem given by its functions, and does not hold it. Keep it, and compile again."
-                )
-            return NonlinearForm(problem, named)
+            return NonlinearForm(_living(self.kind, DifferentiableProblem, "problem", "compile again"), named)
         matrix = _MATRICES[self.kind]
         parts = [named.pop(name) for name in list(named) if name.startswith("Q")]
         Q = parts[0] if matrix is Dense else matrix(*parts)
@@ -76,13 +71,18 @@ class Spec(NamedTuple):
         """Return the backend that solves the form."""
         if not self.backend.startswith("#"):
             return choose(self.backend, form)
-        backend = living.find(int(self.backend[1:]))
-        if not isinstance(backend, Backend):
-            raise BackendError(
-                "The backend instance that this graph was compiled or exported with lives no more: a graph refers to "
-                "it, and does not hold it. Keep it, or pass the name of a registered backend."
-            )
-        return choose(backend, form)
+        return choose(_living(self.backend, Backend, "backend instance", "pass the name of a registered backend"), form)
+
+
+def _living(number: str, kind: type[Found], what: str, remedy: str) -> Found:
+    """Return the object that a `Spec` refers to as ``#`` and a number."""
+    found = living.find(int(number[1:]))
+    if not isinstance(found, kind):
+        raise BackendError(
+            f"The {what} that this graph was compiled or exported with lives no more: a graph refers to it, and does "
+            f"not hold it. Keep it, or {remedy}."
+        )
+    return found
 
 
 def written(form: Form, keep: bool, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> str:

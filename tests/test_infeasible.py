@@ -13,6 +13,7 @@ import diffopt
 import measures
 from diffopt import Elastic, Settings, Status
 from diffopt.check import known
+from problems_catalogue import Softmax
 from tolerances import DIFFERENCES, EXACT_ALGEBRA, RESIDUAL, SOLUTION
 
 FLOAT64 = torch.float64
@@ -575,26 +576,13 @@ def test_a_linear_program() -> None:
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-class Cube(diffopt.DifferentiableProblem):
-    n, params = 2, (diffopt.Param("a", ("n",)),)
-
-    def objective(self, x: Tensor, params: Any) -> Tensor:
-        return (x - params["a"]).pow(4).sum(-1)
-
-    def equalities(self, x: Tensor, params: Any) -> Tensor:
-        return x[..., :0]
-
-    def inequalities(self, x: Tensor, params: Any) -> Tensor:
-        return x[..., :0]
-
-
 def simple(**options: Any) -> diffopt.Solution:
     return diffopt.solve_qp(torch.eye(2), torch.zeros(2), G=torch.ones(1, 2), h=torch.ones(1), **options)
 
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: simple(on_infeasible="soft"), diffopt.SettingsError, "'soft' is unknown. Expected None, 'elastic'"),
-    (lambda: diffopt.Layer(Cube(), on_infeasible=3), diffopt.SettingsError, "`on_infeasible` = 3 is unknown"),
+    (lambda: diffopt.Layer(Softmax(2), on_infeasible=3), diffopt.SettingsError, "`on_infeasible` = 3 is unknown"),
     (lambda: Elastic("l2"), diffopt.SettingsError, "`penalty` = 'l2' is unknown. Expected 'l1' or 'squared'"),
     (lambda: Elastic(row=0.0), diffopt.SettingsError, "`elastic_row` = 0.0 is out of range. Expected a positive"),
     (lambda: Elastic(row="big"), diffopt.ParameterError, "must be a torch tensor or a number, got str"),
@@ -615,7 +603,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "The elastic constraints need `elastic_row`, which was not given",
     ),
     (
-        lambda: diffopt.solve(Cube(), {"a": torch.ones(2)}, on_infeasible="closest"),
+        lambda: diffopt.solve(Softmax(2), {"c": torch.ones(2)}, on_infeasible="closest"),
         diffopt.BackendUnsupported,
         "`on_infeasible` takes quadratic and linear programs with inequalities, not NonlinearForm",
     ),

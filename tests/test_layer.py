@@ -22,6 +22,7 @@ from diffopt import (
     given,
     learned,
 )
+from problems_catalogue import Softmax
 
 
 def structure():
@@ -110,22 +111,10 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
 
 
 def test_a_backend_that_cannot_take_the_problem_says_why():
-    class Quartic(diffopt.DifferentiableProblem):
-        n, params = 2, (diffopt.Param("a", ("n",)),)
-
-        def objective(self, x, p):
-            return (x - p["a"]).pow(4).sum(-1)
-
-        def equalities(self, x, p):
-            return x[..., :0]
-
-        def inequalities(self, x, p):
-            return x[..., :0]
-
     with pytest.raises(
         BackendUnsupported, match="'pdipm' cannot take this problem: it takes QPForm, not NonlinearForm. Use 'scipy'"
     ):
-        diffopt.solve(Quartic(), {"a": torch.zeros(2)}, backend="pdipm")
+        diffopt.solve(Softmax(2), {"c": torch.zeros(2)}, backend="pdipm")
 
 
 def test_many_failures_are_counted_and_unbatched_ones_named():

@@ -16,6 +16,7 @@ from diffopt import Elastic, Settings, Status
 from diffopt.check import known
 from diffopt.solvers import central_path
 from diffopt.solvers.executor import Data
+from problems_catalogue import Softmax
 from tolerances import DIFFERENCES, EXACT_ALGEBRA, SOLUTION
 
 FLOAT64 = torch.float64
@@ -350,17 +351,5 @@ def test_learned_settings_are_checked() -> None:
     with pytest.raises(diffopt.SettingsError, match="`relaxation` and on_infeasible='closest' do not go together"):
         diffopt.solve_qp(torch.eye(2), q, lower=0.0, on_infeasible="closest", settings=Settings(relaxation=1.0))
 
-    class Quartic(diffopt.DifferentiableProblem):
-        n, params = 2, (diffopt.Param("a", ("n",)),)
-
-        def objective(self, x: Tensor, params: Any) -> Tensor:
-            return (x - params["a"]).pow(4).sum(-1)
-
-        def equalities(self, x: Tensor, params: Any) -> Tensor:
-            return x[..., :0]
-
-        def inequalities(self, x: Tensor, params: Any) -> Tensor:
-            return x[..., :0]
-
     with pytest.raises(diffopt.BackendUnsupported, match="`relaxation` takes quadratic and linear programs .*not Nonl"):
-        diffopt.solve(Quartic(), {"a": q}, settings=Settings(relaxation=1.0))
+        diffopt.solve(Softmax(2), {"c": q}, settings=Settings(relaxation=1.0))

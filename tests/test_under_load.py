@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 import diffopt
+from callers import at_once
 from diffopt import Elastic, Settings
 
 FLOAT64 = torch.float64
@@ -65,24 +65,14 @@ def test_eight_threads_call_one_layer(way: str) -> None:
 
     expected = [answer(seed) for seed in range(8)]
     wrong: list[Any] = []
-    together = threading.Barrier(8)
 
     def work(first: int) -> None:
-        try:
-            together.wait()
-            for turn in range(4):
-                seed = (first + turn) % 8
-                if not all(map(torch.equal, answer(seed), expected[seed])):
-                    wrong.append((first, seed))
-        except BaseException as error:
-            wrong.append(error)
+        for turn in range(4):
+            seed = (first + turn) % 8
+            if not all(map(torch.equal, answer(seed), expected[seed])):
+                wrong.append((first, seed))
 
-    callers = [threading.Thread(target=work, args=(k,)) for k in range(8)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert wrong == []
+    assert at_once(work) == [] and wrong == []
 
 
 MEMORY = """

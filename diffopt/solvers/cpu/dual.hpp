@@ -9,14 +9,9 @@
 
 namespace diffopt {
 
-constexpr double TRY = 1e-3;      // relative residual below which a repeated active set is tried
-constexpr double ENOUGH = 1e-12;  // relative residual at which a polished point is as good as it gets
 constexpr double FLIP = 1e-8;     // relative size of a wrong sign, before refinement, for which a row changes sides
-constexpr double SIGN = 1e-10;    // relative size of a wrong sign that is rounding error
-constexpr double AHEAD = 1e-4;    // complementarity may not fall below this times the residual
 constexpr double SHIFT = 1e-10;   // keeps R + diag(1/w) definite where active rows depend on each other
 constexpr double OFF = 1e30;      // 1/w of a direction without rows: it does not move
-constexpr int FLIPS = 4;          // active sets that are tried at a time
 
 template <class P> class Dual {
   public:
@@ -69,8 +64,7 @@ template <class P> class Dual {
         if (batch_.single) read<float>();
         else read<double>();
         start();
-        Index missing = iterate(answer);
-        return missing;
+        return iterate(answer);
     }
 
   private:
@@ -395,7 +389,7 @@ template <class P> class Dual {
     }
 
     Flag polish(Flag due, Flag at_end, int64_t step, const Answer& answer);
-    Flag hold(bool keep_rows);
+    Flag hold();
     void solve_held(double* right);
     void residual_of_point();
     void gather_held();

@@ -32,22 +32,15 @@ template <class P> struct Workspace {
     }
 };
 
-struct ShapeKey {
-    int64_t n = -1, p = 0, m = 0, lower = 0, upper = 0;
-    bool operator==(const ShapeKey& o) const {
-        return n == o.n && p == o.p && m == o.m && lower == o.lower && upper == o.upper;
-    }
-};
-
 // `batch` and `options` of this thread's present call; a workspace refers to them.
 template <class P> struct Local {
     Batch batch;
     Options options;
-    ShapeKey key;
+    Sizes key;
     std::unique_ptr<Workspace<P>> workspace;
 
     Workspace<P>& get(const Batch& b, const Options& o) {
-        const ShapeKey wanted{b.n, b.p, b.m, b.has(FIELD_LOWER), b.has(FIELD_UPPER)};
+        const Sizes wanted(b);
         batch = b;
         options = o;
         if (!workspace || !(wanted == key)) {

@@ -31,7 +31,7 @@ class General {
         problem.plan(arena);
         saddle.plan(arena);
         for (State* v : {&state, &now_, &step_, &trial_}) *v = problem.take_state(arena);
-        for (double** v : {&active, &above_, &flipped_, &far_, &ratio_, &tau_, &side_, &r_row_, &Cx_, &Cdx_})
+        for (double** v : {&active, &above_, &flipped_, &held_, &far_, &ratio_, &tau_, &side_, &r_row_, &Cx_, &Cdx_})
             *v = arena.take(problem.rows);
         for (double** v : {&r_dual_, &Qx_}) *v = arena.take(problem.np);
         for (double** v : {&r_eq_, &Ax_}) *v = arena.take(problem.pp);
@@ -44,6 +44,7 @@ class General {
     Ending solve(double tolerance, int64_t max_iterations, bool with_polish, bool primal) {
         errors = Errors{};
         iterations = 0;
+        held_last_ = false;
         strictly_convex = problem.strictly_convex(factor_, inverse_);
         const bool diagonal = !problem.dense() && strictly_convex && !primal;
         step_kind_ = diagonal ? DIAGONAL_FIRST : WEIGHED;
@@ -83,9 +84,12 @@ class General {
         for (Index r = 0; r < problem.rows; r++) marks[r] = problem.on[r] != 0 && v.z[r] > v.s[r];
     }
 
-    // Factors the system of a final active set.
+    // Factors the system of a final active set, unless that is what was factored last.
     bool hold(const double* marks) {
         const Scaled& k = problem;
+        if (held_last_ && std::equal(marks, marks + k.rows, held_)) return saddle.sound;
+        held_last_ = true;
+        std::copy_n(marks, k.rows, held_);
         const double soft = k.soft;
         for (Index r = 0; r < k.mp; r++) saddle.row_in[r] = marks[r], saddle.row_e[r] = soft;
         if (k.k.bounded())
@@ -100,7 +104,8 @@ class General {
   private:
     Elimination step_kind_ = WEIGHED, final_kind_ = HELD;
     State now_, step_, trial_;
-    double *above_, *flipped_, *far_, *ratio_, *tau_, *side_, *r_row_, *Cx_, *Cdx_, *r_dual_, *Qx_, *r_eq_, *Ax_;
+    bool held_last_ = false;  // the system of the rows in held_ was factored last
+    double *above_, *flipped_, *held_, *far_, *ratio_, *tau_, *side_, *r_row_, *Cx_, *Cdx_, *r_dual_, *Qx_, *r_eq_, *Ax_;
     double *right_, *u_, *factor_, *inverse_;
 
     bool there(Index r) const { return problem.on[r] != 0; }
@@ -120,6 +125,7 @@ class General {
 
     void factor_step(const double* ratio) {
         const Scaled& k = problem;
+        held_last_ = false;
         for (Index r = 0; r < k.mp; r++) saddle.row_in[r] = k.on[r], saddle.row_e[r] = ratio[r] + k.soft;
         if (k.k.bounded())
             for (Index j = 0; j < k.np; j++) {
@@ -297,9 +303,9 @@ class General {
                 }
             }
             // The right active set is often known long before the point is accurate.
-            if (with_polish && turn && !changed && residual <= EARLY && residual <= 0.1 * tried) {
+            if (with_polish && turn && !changed && residual <= TRY && residual <= 0.1 * tried) {
                 tried = residual;
-                if (polish(ENOUGH_GENERAL)) return CONVERGED;
+                if (polish(ENOUGH)) return CONVERGED;
             }
             // Weights may have grown so large that flat directions of the Hessian are lost: holding rows does not lose them.
             if (may_hold_ && step_kind_ == WEIGHED && waited >= 3 && residual <= NEAR) step_kind_ = HELD, waited = 0;
@@ -322,7 +328,7 @@ class General {
                 sum += there(r) ? (now_.s[r] + affine * step_.s[r]) * (now_.z[r] + affine * step_.z[r]) : 0.0;
             const double share = std::min(1.0, std::max(0.0, mean(sum) / (mu > 0 ? mu : 1.0)));
             // Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions.
-            const double sigma = mu < AHEAD_GENERAL * residual ? 1.0 : share * share * share;
+            const double sigma = mu < AHEAD * residual ? 1.0 : share * share * share;
             for (Index r = 0; r < k.rows; r++) tau_[r] = sigma * mu - step_.s[r] * step_.z[r];
             direction(now_, refinements);
             const double longest = reach();
@@ -349,8 +355,6 @@ class General {
         }
     }
     double count_ = 0;
-    static constexpr double EARLY = 1e-3, ENOUGH_GENERAL = 1e-12, AHEAD_GENERAL = 1e-4, SLACK = 1e-10;
-    static constexpr int ROUNDS = 4;
     static constexpr int PATIENCE = 12;      // steps without half the residual, after which another start is tried
     static constexpr double NEAR = 1e-3;     // residual from which on slow progress is blamed on the weights
     bool may_hold_ = false;                  // rows may be held in Newton steps, if they are not from the start
@@ -373,13 +377,13 @@ class General {
         Scaled& k = problem;
         std::copy_n(above_, k.rows, flipped_);
         problem.copy(trial_, now_);
-        for (int round = 0; round < ROUNDS; round++) {
+        for (int round = 0; round < FLIPS; round++) {
             const bool sound = hold(flipped_);
             aim(trial_, flipped_);
             double z_size = 0, s_size = 0;
             for (Index r = 0; r < k.rows; r++)
                 z_size = vmax(std::fabs(trial_.z[r]), z_size), s_size = vmax(std::fabs(k.d[r]), s_size);
-            const double z_floor = -SLACK * (1 + z_size), s_floor = -SLACK * (1 + s_size);
+            const double z_floor = -SIGN * (1 + z_size), s_floor = -SIGN * (1 + s_size);
             bool wrong = false;
             for (Index r = 0; r < k.rows; r++) {
                 const bool held = flipped_[r] != 0;
@@ -391,7 +395,7 @@ class General {
                 // (What is negative by rounding only.)
                 for (Index r = 0; r < k.rows; r++) trial_.z[r] = std::max(0.0, trial_.z[r]), trial_.s[r] = std::max(0.0, trial_.s[r]);
                 const Errors found = k.measure(trial_);
-                if (!sound || !(found.worst <= allowed || found.worst <= ENOUGH_GENERAL)) return false;
+                if (!sound || !(found.worst <= allowed || found.worst <= ENOUGH)) return false;
                 errors = found;
                 problem.copy(state, trial_);
                 std::copy_n(flipped_, k.rows, active);

@@ -7,10 +7,9 @@ namespace diffopt {
 
 // Prepares the system of the rows marked in active_ (equalities and held rows): M = V_B'V_B, factored.
 // False where these rows depend on each other. Only M is needed for multipliers: x follows from them.
-template <class P> typename P::Flag Dual<P>::hold(bool keep_rows) {
+template <class P> typename P::Flag Dual<P>::hold() {
     Flag enough = none_of(Flag{});
     if constexpr (P::LANES) {
-        (void)keep_rows;
         ldb_ = held_ = k.joint;
         Vec many{};
         for (Index i = 0; i < k.joint; i++) {
@@ -35,12 +34,11 @@ template <class P> typename P::Flag Dual<P>::hold(bool keep_rows) {
             for (Index j = i; j < held_; j++) M_[i * ldb_ + j] = row[list_[j]];
             for (Index j = held_; j < ldb_; j++) M_[i * ldb_ + j] = 0;
         }
-        if (keep_rows)
-            for (Index r = 0; r < k.n; r++) {
-                const double* row = m_->V + r * k.joint;
-                for (Index i = 0; i < held_; i++) B_[r * ldb_ + i] = row[list_[i]];
-                for (Index i = held_; i < ldb_; i++) B_[r * ldb_ + i] = 0;
-            }
+        for (Index r = 0; r < k.n; r++) {
+            const double* row = m_->V + r * k.joint;
+            for (Index i = 0; i < held_; i++) B_[r * ldb_ + i] = row[list_[i]];
+            for (Index i = held_; i < ldb_; i++) B_[r * ldb_ + i] = 0;
+        }
     }
     const auto pivots = cholesky<P>(M_, ldb_, nullptr, M_, ldb_, held_, inv_m_);
     return enough & pivots.positive & (pivots.smallest >= DEPENDENT);
@@ -241,7 +239,7 @@ typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answ
     std::memcpy(held_rows_, above_, bytes(rows_));
     for (int round = 0; round < FLIPS && any(pending); round++) {
         gather_held();
-        pending = pending & hold(true);
+        pending = pending & hold();
         if (!any(pending)) break;
         aim();
         const Flag wrong = flip(pending);
@@ -308,7 +306,7 @@ template <class P> void Dual<P>::finish(Flag accepted, int64_t step, const Answe
         for (int e = 0; e < 3; e++) answer.residuals[e * batch_.count + i] = errors_[e][lane];
     });
     if (!answer.saved) return;
-    if (dropped) hold(true);
+    if (dropped) hold();
     if constexpr (P::LANES) keep_lanes(accepted, answer);
     else keep(answer);
     each_accepted([&](int lane, Index i) {

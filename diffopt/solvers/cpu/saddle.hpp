@@ -19,7 +19,6 @@ namespace diffopt {
 enum Elimination { WEIGHED, HELD, DIAGONAL_FIRST };
 
 constexpr double DELTA = 1e-10, RHO = 1e-9;
-constexpr double DEPENDENT_PIVOT = 1e-7;  // equilibrated pivot below which a row depends on the others
 constexpr double ROUNDING = 4e-15;        // of the largest diagonal entry: what a factorisation may lose
 
 class Saddle {
@@ -89,7 +88,7 @@ class Saddle {
         if (how_ == WEIGHED && s.soft != 0) return 0;
         const Index own = s.k.p + (how_ == WEIGHED ? 0 : static_cast<Index>(list_.size()));
         int64_t count = 0;
-        for (Index r = 0; r < own; r++) count += 1 / (inv_s_[r] * inv_s_[r]) < DEPENDENT_PIVOT;
+        for (Index r = 0; r < own; r++) count += 1 / (inv_s_[r] * inv_s_[r]) < DEPENDENT;
         return count;
     }
 

@@ -7,6 +7,7 @@
 #pragma once
 #include "batch.hpp"
 #include "dense.hpp"
+#include "limits.hpp"
 
 namespace diffopt {
 
@@ -165,7 +166,7 @@ class Scaled {
                 norms_.push_back(P::max(most));
             }
         };
-        for (int pass = 0; pass < 6; pass++) {
+        for (int pass = 0; pass < EQUILIBRATION_PASSES; pass++) {
             for (Index j = 0; j < np; j++) column[j] = dx[j] * norm_[j] * dx[j];
             norms_.clear();
             visit(A, k.p, eq);
@@ -300,10 +301,10 @@ class Scaled {
         if (!dense()) {
             double least = INF, most = 0;
             for (Index j = 0; j < k.n; j++) least = vmin(diagonal[j], least), most = vmax(diagonal[j], most);
-            return least > 0 && least * 1e8 >= most;
+            return least > 0 && least * SAFE_CONDITION >= most;
         }
         const auto pivots = cholesky<P>(Q, np, nullptr, factor, np, k.n, inverse);
-        return pivots.positive && pivots.smallest * 1e8 >= pivots.largest;
+        return pivots.positive && pivots.smallest * SAFE_CONDITION >= pivots.largest;
     }
 
   private:

@@ -2,6 +2,7 @@
 #pragma once
 #include "batch.hpp"
 #include "dense.hpp"
+#include "limits.hpp"
 
 namespace diffopt {
 
@@ -16,11 +17,6 @@ template <class P> struct Shape {
           bp(padded<P>(b)), directions(mp + bp), joint(pp + mp + bp) {}
     static Index packs(Index padded_size) { return padded_size / P::E; }
 };
-
-// Condition of Q, estimated from its pivots, up to which it is eliminated first; a row counts as dependent on others
-// when its pivot, in equilibrated units, is below the second number.
-constexpr double SAFE_CONDITION = 1e8, DEPENDENT = 1e-7;
-constexpr int EQUILIBRATION_PASSES = 6;
 
 template <class P> struct Setup {
     using Vec = typename P::Vec;
