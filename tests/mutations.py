@@ -44,6 +44,23 @@ FAULTS = [
     Fault("failed instances get a finite gradient", "implicit.py", "spoiled = ((self.failed & asked) | poisoned)",
           "spoiled = (poisoned & poisoned)", "test_implicit.py"),
     Fault("only the active rows of a failed instance", "implicit.py", "row=active.row | bad", "row=active.row & ~bad", "test_implicit.py"),
+    # The compiled executor, which is compiled anew for each.
+    Fault("sign of the slopes of multipliers, in lanes", "solvers/cpu/pullback.hpp", "P::store(ry + r * S, -y * unit);",
+          "P::store(ry + r * S, y * unit);", "solvers/test_cpu_executor.py"),
+    Fault("sign of the slope of a lower bound's multiplier", "solvers/cpu/pullback.hpp", "(low ? -1 : 1) * static_cast<double>",
+          "1 * static_cast<double>", "laws/test_executors_agree.py"),
+    Fault("compiled: status always solved", "solvers/cpu/batch.hpp", "return residual <= options.claim ? SOLVED",
+          "return residual < 1e300 ? SOLVED", "backends/test_base.py test_fuzz.py"),
+    Fault("compiled: certificates not checked", "solvers/cpu/certify.hpp", "        return error <= CLAIM;\n    }\n\n    // Checks a direction",
+          "        return true;\n    }\n\n    // Checks a direction", "solvers/test_cpu_executor.py test_contract.py"),
+    Fault("compiled: multipliers without the objective's scale", "solvers/cpu/certify.hpp", "k.row[r] * v.z[r] / k.cost : 0.0",
+          "k.row[r] * v.z[r] : 0.0", "laws/test_executors_agree.py"),
+    Fault("compiled: weakly active rows held", "solvers/cpu/certify.hpp", "weak_[r] = held && !is_weak;", "weak_[r] = held;",
+          "solvers/test_cpu_executor.py"),
+    Fault("compiled: the factor of another active set", "solvers/cpu/general.hpp",
+          "if (held_last_ && std::equal(marks, marks + k.rows, held_))", "if (held_last_)", "solvers/test_cpu_executor.py test_maros.py"),
+    Fault("compiled: more active rows than variables", "solvers/cpu/polish.hpp", "many > static_cast<double>(k.n)",
+          "many > 1e9 + static_cast<double>(k.n)", "solvers/test_cpu_executor.py"),
     Fault("kink rule ignored", "implicit.py", 'joins = weak_any and kink_rule != "inactive"', "joins = False", "test_implicit.py"),
     Fault("weakly active rows held", "kkt.py", "there & (dual > slack) & ~weak, weak", "there & (dual >= slack), weak", "test_implicit.py"),
     Fault("certificate not checked", "solvers/certificates.py",
@@ -91,6 +108,7 @@ def main() -> int:
         copy = Path(folder) / "tree"
         ignore = shutil.ignore_patterns(".venv", ".git", "output", "site", "__pycache__", ".hypothesis", ".*_cache")
         shutil.copytree(ROOT, copy, ignore=ignore)
+        faulty_library = False
         for fault in FAULTS:
             path = copy / "diffopt" / fault.file
             original = path.read_text()
@@ -99,6 +117,10 @@ def main() -> int:
                 survived.append(fault.name)
                 continue
             path.write_text(original.replace(fault.old, fault.new))
+            compiled = path.suffix in (".hpp", ".cpp")
+            if compiled or faulty_library:
+                subprocess.run(["make", "cpu"], cwd=copy, check=True, capture_output=True)
+            faulty_library = compiled
             tests = [f"tests/{name}" for name in fault.tests.split()]
             command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
             start = time.perf_counter()

@@ -90,17 +90,23 @@ INLINE Vec vsqrt(Vec a) {
     return a;
 }
 #endif
+// Entries I of a and b, which count on from a's.
+#if defined(__clang__)
+template <int... I> INLINE Vec shuffle(Vec a, Vec b) { return __builtin_shufflevector(a, b, I...); }
+#else
+template <int... I> INLINE Vec shuffle(Vec a, Vec b) { return __builtin_shuffle(a, b, Mask{I...}); }
+#endif
 // All entries of a register by halves: op(op(0, 4), op(2, 6)), op(...) and so on.
 template <class Op> INLINE double reduce(Vec v, Op op) {
 #if DIFFOPT_WIDTH == 8
-    v = op(v, (Vec)__builtin_shuffle(v, Mask{4, 5, 6, 7, 0, 1, 2, 3}));
-    v = op(v, (Vec)__builtin_shuffle(v, Mask{2, 3, 0, 1, 6, 7, 4, 5}));
-    v = op(v, (Vec)__builtin_shuffle(v, Mask{1, 0, 3, 2, 5, 4, 7, 6}));
+    v = op(v, shuffle<4, 5, 6, 7, 0, 1, 2, 3>(v, v));
+    v = op(v, shuffle<2, 3, 0, 1, 6, 7, 4, 5>(v, v));
+    v = op(v, shuffle<1, 0, 3, 2, 5, 4, 7, 6>(v, v));
 #elif DIFFOPT_WIDTH == 4
-    v = op(v, (Vec)__builtin_shuffle(v, Mask{2, 3, 0, 1}));
-    v = op(v, (Vec)__builtin_shuffle(v, Mask{1, 0, 3, 2}));
+    v = op(v, shuffle<2, 3, 0, 1>(v, v));
+    v = op(v, shuffle<1, 0, 3, 2>(v, v));
 #else
-    v = op(v, (Vec)__builtin_shuffle(v, Mask{1, 0}));
+    v = op(v, shuffle<1, 0>(v, v));
 #endif
     return v[0];
 }
