@@ -137,6 +137,7 @@ def attach(form: Form, prepared: Prepared, transformed: bool = False) -> Solutio
         backend=found.backend,
         executor=found.executor,
         _value=_unless_changed(form, point, value),
+        _hessian=form.Q if isinstance(form, QPForm) else None,
     )
 
 
@@ -180,6 +181,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
         backend=found.backend,
         executor=found.executor,
         _value=_unless_changed(form, point, value),
+        _hessian=form.Q if isinstance(form, QPForm) else None,
     )
 
 

@@ -11,7 +11,7 @@ from diffopt.linalg.cholesky import cholesky, pivots
 from diffopt.linalg.matrices import Dense
 from diffopt.linalg.saddle import Factor, Saddle
 from diffopt.linalg.scaling import Scaling, regularisation
-from diffopt.solution import Status
+from diffopt.solution import INDEFINITE, Status
 from diffopt.solvers import certificates, interior_point
 from diffopt.solvers.executor import Data
 from diffopt.solvers.polish import Polished, active_rows, polish
@@ -247,7 +247,7 @@ def _attempt(
 def _nonconvex(qp: ScaledQP) -> Tensor:
     """Return where Q, equilibrated, has an eigenvalue clearly below zero, ``(*batch,)``."""
     Q = qp.Q.dense()
-    _, failed = cholesky(Q + 1e-7 * torch.eye(qp.n, dtype=Q.dtype, device=Q.device))
+    _, failed = cholesky(Q + INDEFINITE * torch.eye(qp.n, dtype=Q.dtype, device=Q.device))
     return failed
 
 

@@ -187,10 +187,49 @@ def test_far_sides_are_as_good_as_absent(far):
     assert abs(float(x.sum()) - 1) < 1e-9
 
 
-def test_nonconvex_is_refused():
-    Q = torch.diag_embed(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=f64))
-    solution = diffopt.solve_qp(Q, torch.zeros(2, dtype=f64), lower=-1.0, upper=1.0, on_failure="return")
+def curved(least, dtype=f64, structure="dense"):
+    """Return Hessians with eigenvalues (1, 1) and (1, least)."""
+    entries = torch.tensor([[1.0, 1.0], [1.0, least]], dtype=dtype)
+    if structure == "diagonal":
+        return Diagonal(entries)
+    basis = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=dtype)
+    return basis @ torch.diag_embed(entries) @ basis.mT
+
+
+REFUSING = [("pdipm", "torch"), ("pdipm", "cpu"), ("cvxpy", "auto"), ("scipy", "auto")]
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal"])
+@pytest.mark.parametrize(("backend", "executor"), REFUSING)
+def test_nonconvex_is_refused_with_the_smallest_eigenvalue(backend, executor, structure):
+    settings = {"settings": Settings(executor=executor), "backend": backend, "lower": -1.0, "upper": 1.0}
+    q = torch.tensor([0.3, 0.2], dtype=f64)
+    solution = diffopt.solve_qp(curved(-1e-5, structure=structure), q, on_failure="return", **settings)
     assert solution.status.tolist() == [Status.SOLVED, Status.NUMERICAL_ERROR]
+    assert torch.allclose(solution.smallest_eigenvalue, torch.tensor([1.0, -1e-5], dtype=f64))
+    with pytest.raises(
+        diffopt.SolveFailed, match=r"\[1\]: NUMERICAL_ERROR \(Q is not positive semidefinite: .* -1.00e-05,"
+    ):
+        diffopt.solve_qp(curved(-1e-5, structure=structure), q, **settings)
+
+
+@pytest.mark.parametrize(("backend", "executor"), REFUSING)
+def test_what_rounding_makes_indefinite_is_solved(backend, executor):
+    settings = {"settings": Settings(executor=executor), "backend": backend, "lower": -1.0, "upper": 1.0}
+    solution = diffopt.solve_qp(curved(-1e-9), torch.tensor([0.3, 0.2], dtype=f64), **settings)
+    assert solution.ok.all() and solution.smallest_eigenvalue[1] < -0.9e-9
+
+
+def test_the_eigenvalue_of_what_is_not_there():
+    solution = diffopt.solve_qp(
+        curved(torch.nan), torch.zeros(2, dtype=f64), lower=-1.0, upper=1.0, on_failure="return"
+    )
+    assert solution.smallest_eigenvalue.isnan().tolist() == [False, True]
+    leaves, spec = torch.utils._pytree.tree_flatten(solution)
+    assert torch.utils._pytree.tree_unflatten(leaves, spec).smallest_eigenvalue.isnan().all()
+    compiled = torch.compile(lambda q: diffopt.solve_qp(curved(-1.0), q, lower=-1.0, upper=1.0).x, backend="eager")
+    with pytest.raises(diffopt.SolveFailed, match="smallest eigenvalue is -1.00e"):
+        compiled(torch.zeros(2, dtype=f64))
 
 
 def test_iteration_limit_keeps_the_iterate():

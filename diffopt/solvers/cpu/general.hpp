@@ -12,7 +12,7 @@ enum Ending { AT_LIMIT, STUCK, BROKEN, CONVERGED, PROVEN_INFEASIBLE, PROVEN_UNBO
 
 constexpr double WORTH_POLISHING = 1e-2;  // relative residual up to which an end point is tried for its active set
 constexpr double FARKAS = 1e-9;           // relative error of a certificate at which an iterate proves something
-constexpr double NEGATIVE = 1e-7;         // eigenvalue below minus this: the Hessian is indefinite
+constexpr double NEGATIVE = 1e-7;         // eigenvalue below minus this: the Hessian is indefinite (diffopt.solution.INDEFINITE)
 
 class General {
   public:
