@@ -138,6 +138,7 @@ def attach(form: Form, prepared: Prepared, transformed: bool = False) -> Solutio
         backend=found.backend,
         executor=found.executor,
         _value=_unless_changed(form.tensors() | point._asdict(), value),
+        _hessian=form.Q if isinstance(form, QPForm) else None,
     )
 
 
@@ -185,9 +186,7 @@ def attach_solved(form: Form, found: kkt.Solved, attached: bool, kink_rule: str,
         backend=found.backend,
         executor=found.executor,
         _value=_unless_changed(form.tensors() | {"x": tied.x, "s, nu or lam": tied.rest}, value),
-        shifts=None,
-        gradient="exact",
-        gradient_residual=None,
+        _hessian=form.Q if isinstance(form, QPForm) else None,
     )
 
 

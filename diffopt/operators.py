@@ -163,6 +163,7 @@ def solve(data: Sequence[Tensor], spec: str) -> Ten:
             values.x, values.s, values.lam, values.nu, values.lam_lower, values.lam_upper, found.status,
             Report(found.residuals, counts), found.certificate, found.backend, found.executor,
             lambda: parsed.form([tensor.detach() for tensor in data]).objective(values.x),
+            _hessian=getattr(parsed.form([tensor.detach() for tensor in data]), "Q", None),
         )  # fmt: skip
         report(whole, parsed.on_failure)
     x, *rest = (*found.point, found.status, found.residuals.double().movedim(0, -1), counts.movedim(0, -1))

@@ -15,7 +15,7 @@ from diffopt import kkt
 from diffopt.cones import kinds
 from diffopt.living import Living
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import ALMOST, Certificate, Residuals, Status
+from diffopt.solution import ALMOST, INDEFINITE, Certificate, Residuals, Status
 from diffopt.solvers.settings import Settings
 
 AnyForm = TypeVar("AnyForm", bound=Form)
@@ -215,11 +215,6 @@ class InstancePoint:
     iterations: int = 0
     executor: str = ""
     certificate: Certificate | None = None
-
-
-INDEFINITE = 1e-7
-"""A Q is indefinite when its smallest eigenvalue is below minus this times the largest magnitude of
-one: far above what rounding does to a semidefinite matrix, also when it was formed in float32."""
 
 
 def screen(data: dict[str, Tensor]) -> InstancePoint | None:
