@@ -149,7 +149,7 @@ class Scaled {
     // Finds the scaling (as diffopt.linalg.scaling.equilibrate: Ruiz passes, then powers of two) and applies it.
     void equilibrate() {
         const Index n = k.n;
-        column_norms(norm_);
+        hessian_sizes(norm_);
         std::fill_n(dx, np, 1.0);
         std::fill_n(eq, pp, 1.0);
         std::fill_n(row, mp, 1.0);
@@ -313,6 +313,16 @@ class Scaled {
     bool curved_ = false;
 
     static double inverse_root(double norm) { return norm > 0 && norm < INF ? 1 / std::sqrt(norm) : 1.0; }
+
+    // The diagonal of the Hessian: no entry of a positive semidefinite matrix is larger than the geometric mean of its two
+    // diagonal ones, in any units, so balancing these balances all.
+    void hessian_sizes(double* out) const {
+        std::fill_n(out, np, 0.0);
+        for (Index j = 0; j < k.n; j++) {
+            out[j] = std::fabs(dense() ? Q[j * np + j] : diagonal[j]);
+            for (Index c = 0; !dense() && c < k.rank; c++) out[j] += F[c * np + j] * F[c * np + j];
+        }
+    }
 
     // The largest magnitude of each column of Q, or a bound of it.
     void column_norms(double* out) const {
