@@ -84,7 +84,7 @@ def solve(
     stalled, slow = torch.zeros_like(iterations), torch.zeros_like(iterations)
 
     for count in range(max_iterations + 1):
-        residual = qp.relative_residuals(state)
+        residual, infeasible = qp.relative_residuals(state)
         gained = residual < best_residual
         best, best_residual = state.where(gained, best), torch.where(gained, residual, best_residual)
         infeasible, unbounded = _certificates(qp, state)
@@ -108,8 +108,9 @@ def solve(
         mu_affine = complementarity(state.s + alpha * affine.s, state.z + alpha * affine.z, qp.on)
         sigma = (mu_affine / torch.where(mu > 0, mu, 1.0)).clamp(0, 1) ** 3
 
-        # Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions.
-        sigma = torch.where(mu < AHEAD * residual, 1.0, sigma)
+        # Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions. (The gap is
+        # complementarity itself, in other units.)
+        sigma = torch.where(mu < AHEAD * infeasible, 1.0, sigma)
         target = (sigma * mu).unsqueeze(-1) - affine.s * affine.z
         direction = newton.step(r_dual, r_eq, r_row, target)
         reach = longest_step(state.s, state.z, direction.s, direction.z, qp.on)

@@ -327,8 +327,9 @@ class General {
             for (Index r = 0; r < k.rows; r++)
                 sum += there(r) ? (now_.s[r] + affine * step_.s[r]) * (now_.z[r] + affine * step_.z[r]) : 0.0;
             const double share = std::min(1.0, std::max(0.0, mean(sum) / (mu > 0 ? mu : 1.0)));
-            // Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions.
-            const double sigma = mu < AHEAD * residual ? 1.0 : share * share * share;
+            // Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions. (The gap is
+            // complementarity itself, in other units.)
+            const double sigma = mu < AHEAD * found.infeasible ? 1.0 : share * share * share;
             for (Index r = 0; r < k.rows; r++) tau_[r] = sigma * mu - step_.s[r] * step_.z[r];
             direction(now_, refinements);
             const double longest = reach();

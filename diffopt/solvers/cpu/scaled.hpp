@@ -26,10 +26,11 @@ struct Sizes {
     bool bounded() const { return lower || upper; }
 };
 
-// The residuals of a point: primal, dual and gap in original units, and the worst of all in both units.
+// The residuals of a point: primal, dual and gap in original units; the worst of all in both units, and that without the
+// gap.
 struct Errors {
     double original[3] = {INF, INF, INF};
-    double worst = INF;
+    double worst = INF, infeasible = INF;
     double worst_original() const { return vmax_nan(vmax_nan(original[0], original[1]), original[2]); }
 };
 
@@ -283,7 +284,7 @@ class Scaled {
         const double total = std::fabs(curved + linear + equal + sided);
         const double size = vmax(largest(curved, linear), largest(equal, sided));
         Errors found;
-        found.worst = 0;
+        found.worst = found.infeasible = 0;
         for (int units = 0; units < 2; units++) {
             const double scale = units ? 1.0 : 1 / cost;
             const double all[3] = {off[units] / (1 + off_size[units]), slope[units] / (1 + slope_size[units]),
@@ -291,6 +292,7 @@ class Scaled {
             for (int e = 0; e < 3; e++) {
                 if (units == 0) found.original[e] = all[e];
                 found.worst = vmax_nan(all[e], found.worst);
+                if (e < 2) found.infeasible = vmax_nan(all[e], found.infeasible);
             }
         }
         return found;
