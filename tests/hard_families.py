@@ -465,6 +465,15 @@ def unbounded_quadratic(s: Sizes) -> Drawn:
     return unbounded(s, linear=False)
 
 
+def unbounded_with_dependent_equalities(s: Sizes) -> Drawn:
+    """Equalities that depend on others, whose sides contradict each other by rounding errors."""
+    problem = known.unbounded_program(s.seed, s.n + 1, max(1, min(s.p, s.n)), s.m, linear=True, batch=(s.count,))
+    assert problem.A is not None and problem.b is not None
+    mix = normal(s, 2, problem.A.shape[-2])
+    A, b = torch.cat([problem.A, mix @ problem.A], -2), torch.cat([problem.b, times(mix, problem.b)], -1)
+    return Drawn(problem.arguments() | {"A": A, "b": b}, Status.DUAL_INFEASIBLE)
+
+
 def unbounded_in_an_unused_variable(s: Sizes) -> Drawn:
     """The variable that is in no row has a cost."""
     return solved_with_more(s, 1.0)
@@ -536,6 +545,7 @@ FAMILIES = [
     Family("infeasible, and unbounded without the rows", infeasible_and_unbounded),
     Family("unbounded, linear", unbounded_linear),
     Family("unbounded, quadratic", unbounded_quadratic),
+    Family("unbounded, equalities that depend on others", unbounded_with_dependent_equalities),
     Family("unbounded in a variable that nothing holds", unbounded_in_an_unused_variable),
     Family("NaN in the data", not_a_number),
     Family("infinity in the data", infinite),

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffopt.linalg.saddle import Saddle
 from diffopt.shapes import matvec, max_abs, rmatvec
 from diffopt.solvers.newton_system import NewtonSystem
-from diffopt.solvers.scaled_qp import ScaledQP, State
+from diffopt.solvers.scaled_qp import ScaledQP, State, fall
 from diffopt.solvers.step import complementarity, interior_start, longest_step
 
 FARKAS = 1e-9
@@ -160,12 +160,12 @@ def _certificates(qp: ScaledQP, state: State) -> tuple[Tensor, Tensor]:
     """
     z = state.z * qp.on
     pull = rmatvec(qp.A, state.nu) + qp.apply_Ct(z, state.y)
-    depth = -((qp.b * state.nu).sum(-1) + (qp.d * z).sum(-1) + (qp.target * state.y).sum(-1))
+    depth = fall(qp.b * state.nu, qp.d * z, qp.target * state.y)
     primal = (depth > 0) & (max_abs(pull) <= FARKAS * depth)
-    fall = -(qp.q * state.x).sum(-1)
+    slope = fall(qp.q * state.x)
     outside = torch.where(qp.on, qp.apply_C(state.x), 0.0).clamp_min(0)
     error = torch.maximum(max_abs(qp.Q.matvec(state.x)), max_abs(matvec(qp.A, state.x)))
     error = torch.maximum(error, max_abs(outside))
     if qp.fixed.shape[-1]:
         error = torch.maximum(error, max_abs(torch.where(qp.fixed, state.x, 0.0)))
-    return primal, (fall > 0) & (error <= FARKAS * fall)
+    return primal, (slope > 0) & (error <= FARKAS * slope)

@@ -29,6 +29,20 @@ class State(NamedTuple):
         return State(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
 
 
+NOISE = 1e-12
+"""Share of the sizes of its terms up to which a sum is taken for rounding error, of the data too."""
+
+
+def fall(*products: Tensor) -> Tensor:
+    """Return minus the sum of all entries of the products, ``(*batch,)``; 0 where that is a rise, or rounding error.
+
+    What a certificate is normalised by: one that rests on rounding errors proves nothing.
+    """
+    terms = torch.cat(products, -1)
+    total = -terms.sum(-1)
+    return torch.where(total > NOISE * terms.abs().sum(-1), total, 0.0)
+
+
 class ScaledQP:
     """minimise 1/2 x'Qx + q'x subject to Ax = b, Cx <= d, x = target where fixed; C = [G; -I; I].
 
