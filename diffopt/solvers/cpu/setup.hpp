@@ -118,15 +118,11 @@ template <class P> struct Setup {
                *largest = scale + ldc * P::S;
         Vec finite{};  // stays zero only if nothing is infinite or NaN
         for (Index q = 0; q < qn; q++) {
-            Vec v{};
-            for (Index r = 0; r < k.n; r++) {
-                const Vec x = P::load(Q + r * k.np * P::S + q * P::W);
-                v = vmax(vabs(x), v);
-                finite += x * 0.0;
-            }
-            P::store(hessian + q * P::W, v);
+            for (Index r = 0; r < k.n; r++) finite += P::load(Q + r * k.np * P::S + q * P::W) * 0.0;
+            P::store(hessian + q * P::W, Vec{});
             P::store(d + q * P::W, P::splat(1.0));
         }
+        for (Index j = 0; j < k.n; j++) P::put(hessian, j, vabs(P::get(Q + j * k.np * P::S, j)));
         for (Index q = 0; q < qc; q++) P::store(scale + q * P::W, P::splat(1.0));
         for (int pass = 0; pass < EQUILIBRATION_PASSES; pass++) {
             for (Index q = 0; q < qc; q++) P::store(largest + q * P::W, Vec{});
