@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffopt import kkt, transforms
+from diffopt import kkt, transforms, waiting
 from diffopt.errors import ChangedDataError
 from diffopt.linalg.central import central_ratio
 from diffopt.linalg.matrices import Dense, SymmetricMatrix
@@ -73,13 +73,14 @@ def prepare(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
     """
     failed = _failed(found.status)
     safe = _safe(found.point, failed)
-    saddle, scaling = (None, found.system.scaling) if found.system else kkt.assemble(form, safe)
-    active = kkt.activity(form, safe, scaling, weak_tolerance)
-    weakly_active = torch.where(failed, 0, active.weak_count())
-    system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
     iterations = found.iterations if found.counts is None else found.counts[0]
     assert iterations is not None
-    counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
+    with waiting.allow(found.sync):
+        saddle, scaling = (None, found.system.scaling) if found.system else kkt.assemble(form, safe)
+        active = kkt.activity(form, safe, scaling, weak_tolerance)
+        weakly_active = torch.where(failed, 0, active.weak_count())
+        system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
+        counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
     ratios = (ratio.to(form.dtype) for ratio in (system.ratio_row, system.ratio_bound))
     return Prepared(found, safe, system, counts, Rule(failed, system.active, system.equation_row, *ratios))
 
@@ -705,15 +706,15 @@ class _KKT:
         saddle: Saddle | None, scaling: Scaling,
     ) -> None:  # fmt: skip
         self.failed, self.scaling, self.dtype = failed, scaling, dtype
+        self.sync = waiting.allowed()
         self.prepared = prepared
         self._saddle = saddle if prepared is None else prepared.factor.system
-        weak_any = bool(active.weak_count().any())
+        weak_any = kink_rule != "inactive" and bool(active.weak_count().any())
         self.dense_rule = kink_rule == "minimum_norm" and weak_any
         self.weak_row = active.weak_row
         none_row, none_bound = torch.zeros_like(active.row), torch.zeros_like(active.lower)
         strict = active
-        joins = weak_any and kink_rule != "inactive"
-        if joins:
+        if weak_any:
             active = active._replace(
                 row=active.row | active.weak_row,
                 lower=active.lower | active.weak_lower,
@@ -727,7 +728,7 @@ class _KKT:
         zero = torch.zeros((), dtype=torch.float64, device=failed.device)
         self.ratio_row, self.ratio_bound = zero.expand(none_row.shape), zero.expand(none_bound.shape)
         self._scaled_ratios = (self.ratio_row, self.ratio_bound)
-        if joins and kink_rule == "central":
+        if weak_any and kink_rule == "central":
             self._use_central(strict)
         self._factor: Factor | None = None
 
@@ -757,6 +758,8 @@ class _KKT:
         return self._factor
 
     def _same_rows(self, other: kkt.Activity) -> bool:
+        if not waiting.allowed():
+            return False
         if bool((self._scaled_ratios[0] != 0).any()) or bool((self._scaled_ratios[1] != 0).any()):
             return False
         same = torch.equal(self.active.row, other.row)
@@ -768,8 +771,12 @@ class _KKT:
 
     def solve(self, r: Blocks, transpose: bool) -> Blocks:
         """Return K^-1 r (or K'^-1 r): zero where r is zero, NaN where a failed instance has r != 0."""
+        with waiting.allow(self.sync):
+            return self._solve(r, transpose)
+
+    def _solve(self, r: Blocks, transpose: bool) -> Blocks:
         asked = torch.stack([(v != 0).any(-1) for v in r if v.shape[-1]]).any(0)
-        if not bool(asked.any()):
+        if not waiting.some(asked):
             return Blocks(*(torch.zeros_like(v) for v in r))
         bad = self.failed.unsqueeze(-1)
         # NaN that comes in goes out, and must not meet a factor that neighbours share.

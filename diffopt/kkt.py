@@ -211,7 +211,8 @@ class Solved(NamedTuple):
     KKT system of the final active set; ``pullback``; and ``counts`` ``(3, *batch)`` as in `Report`, of which
     ``iterations`` is the first. ``others``: instances, by their place in the flattened batch, that were solved each
     on its own, after the solver had left them; their values are in place, their counts and derivatives are not.
-    ``solved``: whether every instance is SOLVED, where that is known without looking."""
+    ``solved``: whether every instance is SOLVED, where that is known without looking. ``sync``: whether the host may
+    wait for values (`Settings.sync`)."""
 
     point: Point
     status: Tensor
@@ -225,6 +226,7 @@ class Solved(NamedTuple):
     pullback: Pullback | None = None
     others: tuple[tuple[int, Solved], ...] = ()
     solved: bool = False
+    sync: bool = True
 
 
 def assemble(form: Form, point: Point) -> tuple[Saddle, Scaling]:

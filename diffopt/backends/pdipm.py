@@ -28,7 +28,14 @@ class PdipmBackend(Backend):
     its neighbours are.
     """
 
-    can = Capabilities(forms=(QPForm,), devices=frozenset({"cpu", "cuda"}), batched=True, accuracy=1e-9, priority=100)
+    can = Capabilities(
+        forms=(QPForm,),
+        devices=frozenset({"cpu", "cuda"}),
+        batched=True,
+        accuracy=1e-9,
+        asynchronous=True,
+        priority=100,
+    )
 
     def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
         """Solve a batch; see `Backend.solve`. A compiled executor recomputes the residuals itself."""
@@ -45,12 +52,12 @@ class PdipmBackend(Backend):
         if executor is None:
             return super().solve(form, settings)
         answer = executor.solve(data, settings, plan.tolerance, plan.weak_tolerance, keep)
-        others = () if answer.unsolved == 0 else self._solve_rest(form, settings, answer)
+        others = self._solve_rest(form, settings, answer) if answer.unsolved and settings.sync else ()
         name = "+".join([answer.name, *sorted({one.executor for _, one in others})]) if others else answer.name
         found = kkt.Solved(
             kkt.Point(answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper),
             answer.status, answer.residuals, _certificates(form, answer.certificate, others), self.name, name,
-            counts=answer.counts, others=others, solved=answer.unsolved == 0,
+            counts=answer.counts, others=others, solved=answer.unsolved == 0, sync=settings.sync,
         )  # fmt: skip
         return found._replace(pullback=_pullback(executor, data, answer)) if keep else found
 

@@ -48,8 +48,8 @@ class Answer(NamedTuple):
             most the tolerance. UNSOLVED: another executor has to look at it.
         residuals: ``(3, *batch)`` float64: primal, dual, gap, as in `diffopt.solution.Residuals`.
         counts: ``(3, *batch)`` int64: iterations, weakly active rows, dependent rows, as in `diffopt.Solution`.
-        unsolved: how many instances are not SOLVED.
-        certificate: proofs for instances that have no solution; ``None`` if there are none.
+        unsolved: how many instances are not SOLVED; ``None`` where nobody was to wait for that (`Settings.sync`).
+        certificate: proofs for instances that have no solution; ``None`` if there are none, or nobody was to wait.
         saved: what `Executor.pullback` needs; ``None`` if it was not to be kept.
         name: which variant ran, for `diffopt.Solution.executor`.
     """
@@ -63,7 +63,7 @@ class Answer(NamedTuple):
     status: Tensor
     residuals: Tensor
     counts: Tensor
-    unsolved: int
+    unsolved: int | None
     certificate: Certificate | None
     saved: Any
     name: str
@@ -102,6 +102,7 @@ class Executor(ABC):
 
         Returns:
             For each of ``data.tensors()`` its gradient, in its shape (shared tensors: summed over the batch;
-            Q's is symmetric), or ``None``. Zero from instances that are UNSOLVED; NaN from those that failed, if any
-            incoming gradient is not zero. Weakly active rows are left out (the rule ``"inactive"``).
+            Q's is symmetric), or ``None``. Zero from instances that are UNSOLVED and so another executor's; NaN from
+            those that failed, if any incoming gradient is not zero. Where nobody waits (`Settings.sync`) UNSOLVED is
+            failed. Weakly active rows are left out (the rule ``"inactive"``).
         """

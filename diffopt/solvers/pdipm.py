@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt import waiting
 from diffopt.linalg.cholesky import cholesky, pivots
 from diffopt.linalg.matrices import Dense
 from diffopt.linalg.saddle import Factor, Saddle
@@ -84,13 +85,13 @@ def solve(data: Data, settings: Settings, tolerance: float) -> Result:
     solved = run & (outcome.residual <= tolerance)
     ray = None
     open_ = run & ~solved
-    if bool(open_.any()):
+    if waiting.some(open_):
         status, ray = _certify(qp, outcome, open_, status)
         # What could not be proven infeasible keeps the best point that was found.
     status = torch.where(solved, Status.SOLVED, status)
     status = torch.where(crossed, Status.PRIMAL_INFEASIBLE, status)
     status = torch.where(nonfinite, Status.NONFINITE_INPUT, status).to(torch.int8)
-    rays = _original_rays(qp, ray, data, crossed) if ray is not None or bool(crossed.any()) else None
+    rays = _original_rays(qp, ray, data, crossed) if ray is not None or waiting.some(crossed) else None
     point = original(qp, state)
     return Result(*point, status, outcome.iterations, rays, *parts)
 
@@ -117,7 +118,7 @@ def screen(data: Data) -> Screen:
     if lower is not None and upper is not None:
         over = lower > upper
         crossed = crossed | over.any(-1)
-        if bool(over.any()):
+        if waiting.some(over):
             lower, upper = torch.where(over, -torch.inf, lower), torch.where(over, torch.inf, upper)
     return Screen(Data(Q, q, A, b, G, h, lower, upper, data.batch), bad, crossed & ~bad)
 
@@ -164,7 +165,7 @@ def _solve_scaled(
     first, safe = choose_reduction(qp, settings.reduction)
     groups = [(first, run & safe), ("primal", run & ~safe)]
     # Whether a group is empty decides what is worth running, not what any instance gets.
-    groups = [group for group in groups if bool(group[1].any())] or groups[:1]
+    groups = [group for group in groups if waiting.some(group[1])] or groups[:1]
     outcomes = []
     system: ActiveSystem | None = None
     for reduction, group in groups:
@@ -175,7 +176,7 @@ def _solve_scaled(
         outcome, done = _attempt(qp, saddle, group, settings, tolerance, convex, hold=False)
         if thorough and reduction == "primal":
             lost = group & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
-            if bool(lost.any()):
+            if waiting.some(lost):
                 again, second = _attempt(qp, saddle, lost, settings, tolerance, convex, hold=True)
                 better = lost & (again.residual < outcome.residual)
                 rest = [torch.where(better, a, b) for a, b in zip(again[1:], outcome[1:], strict=True)]
@@ -222,14 +223,17 @@ def _nonconvex(qp: ScaledQP) -> Tensor:
 def _certify(
     qp: ScaledQP, outcome: interior_point.Outcome, open_: Tensor, status: Tensor
 ) -> tuple[Tensor, State | None]:
-    """Look for proofs for the unsolved instances: first in their last iterates, then by auxiliary problems."""
+    """Look for proofs for the unsolved instances: first in their last iterates, then by auxiliary problems.
+
+    (Where the host must not wait, the latter would have to be solved always, and are not.)
+    """
     rays: State | None = None
 
     def claim(proof: certificates.Proof, code: Status) -> None:
         nonlocal open_, status, rays
         status = torch.where(proof.holds, int(code), status)
         open_ = open_ & ~proof.holds
-        if bool(proof.holds.any()):
+        if waiting.some(proof.holds):
             nothing = State(*(torch.zeros_like(v) for v in proof.ray))
             rays = proof.ray.where(proof.holds, nothing if rays is None else rays)
 
@@ -237,7 +241,7 @@ def _certify(
     status = torch.where(open_ & nonconvex, Status.NUMERICAL_ERROR, status)
     open_ = open_ & ~nonconvex
     claim(certificates.check_primal(qp, outcome.state, open_ & outcome.primal_infeasible), Status.PRIMAL_INFEASIBLE)
-    if bool(open_.any()):
+    if waiting.allowed() and waiting.some(open_):
         # Before unboundedness: an instance can be both, and then there is no x at all.
         state = _auxiliary(certificates.least_infeasibility(qp), qp.batch, open_)
         nu, z, y = _infeasibility_multipliers(qp, state)
@@ -245,7 +249,7 @@ def _certify(
     # A strictly convex objective is bounded below, whatever a direction of tiny curvature suggests.
     open_ = open_ & ~_strictly_convex(qp)
     claim(certificates.check_dual(qp, outcome.state.x, open_ & outcome.dual_infeasible), Status.DUAL_INFEASIBLE)
-    if bool(open_.any()):
+    if waiting.allowed() and waiting.some(open_):
         x = _auxiliary(certificates.steepest_recession(qp), qp.batch, open_).x
         claim(certificates.check_dual(qp, x, open_), Status.DUAL_INFEASIBLE)
     return status, rays

@@ -119,10 +119,11 @@ def serial() -> CudaExecutor:
     return CudaExecutor(ShimLauncher())
 
 
-@pytest.fixture(params=["warp", "block"])
+@pytest.fixture(params=["warp", "block", "large"])
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each variant, whatever the size."""
     monkeypatch.setattr(cuda_executor, "WARP_UP_TO", 1000 if request.param == "warp" else 0)
+    monkeypatch.setattr(cuda_executor, "MATRICES_SHARED", request.param != "large")
     return request.param
 
 
@@ -187,6 +188,36 @@ def test_many_threads_agree_with_one(variant: str, warp: int, warps: int) -> Non
     coefficients = weights(answer)
     ours, theirs = (pull_back(e, problem, a, coefficients) for e, a in ((executor, answer), (lone, expected)))
     assert all(relative(ours[name], theirs[name]) <= 1e-11 for name in problem)
+
+
+@pytest.mark.parametrize(("n", "m", "p"), [(130, 130, 10), pytest.param(200, 200, 0, marks=pytest.mark.slow)])
+def test_what_does_not_fit_shared_memory(serial: CudaExecutor, n: int, m: int, p: int) -> None:
+    answer = compare(serial, optnet(2, n, m, p))
+    assert answer.name == "cuda:large"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_memory_is_for_as_many_as_run_at_a_time(variant: str, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = optnet(7, 6, 5, 1, "lower")
+    problem["q"][3] = torch.nan
+    asked: list[int] = []
+    empty = torch.empty
+
+    def counted(size: Any, **options: Any) -> Tensor:
+        asked.append(size if isinstance(size, int) else 0)
+        return empty(size, **options)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    answers = []
+    for blocks, records in ((2, 7 if keep else 2), (1000, 7)):
+        if variant == "warp" and not keep:
+            records = min(8, 4 * blocks)  # four problems a block
+        asked.clear()
+        executor = CudaExecutor(ShimLauncher(blocks=blocks))
+        answers.append(executor.solve(data_of(problem), Settings(), 1e-9, 1e-7, keep))
+        assert records * Sizes(6, 1, 5, True, False).kept() in asked
+    others = [0, 1, 2, 4, 5, 6]
+    assert all(answer.unsolved == 1 for answer in answers) and same_bits(*answers, others, others)
 
 
 def same_bits(a: Answer, b: Answer, where: list[int], there: list[int]) -> bool:
@@ -352,7 +383,7 @@ def test_refusals(serial: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None
     assert reason(serial, bounded, settings) == "takes up to 1.9 constraints for each variable, not 12 for 6"
     assert reason(serial, data, Settings(reduction="primal")) == "works in the dual form, not 'primal'"
     assert reason(serial, data, Settings(polish=False)) == "always polishes"
-    large = data_of({name: v[:1] for name, v in optnet(1, 150, 150).items()})
+    large = data_of({name: v[:1] for name, v in optnet(1, 900, 900).items()})
     assert "bytes of shared memory for a problem of this size, the device has 232448" in reason(serial, large, settings)
     small = CudaExecutor(ShimLauncher(limit=1000))
     assert "the device has 1000" in reason(small, data, settings)
@@ -370,12 +401,14 @@ def test_refusals(serial: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_memory_is_what_the_kernels_lay_out() -> None:
-    found = (ctypes.c_longlong * 3)()
+    found = (ctypes.c_longlong * 4)()
     for n, p, m in ((1, 0, 0), (7, 2, 3), (10, 0, 10), (64, 40, 0), (100, 20, 100)):
         for lower, upper in ((False, False), (True, False), (False, True), (True, True)):
-            library("double", 1).shim_sizes(n, p, m, lower, upper, 96, found)
             sizes = Sizes(n, p, m, lower, upper)
-            assert list(found) == [sizes.forward(96), sizes.backward(96), sizes.kept()]
+            for large in (False, True):
+                library("double", 1).shim_sizes(n, p, m, lower, upper, 96, large, found)
+                expected = [sizes.forward(96, large), sizes.backward(96, large), sizes.kept(), sizes.workspace()]
+                assert list(found) == expected
 
 
 def test_sizes_that_fit() -> None:
@@ -383,6 +416,9 @@ def test_sizes_that_fit() -> None:
     for n, p, m in ((100, 0, 100), (100, 20, 100), (120, 0, 120)):
         assert 8 * Sizes(n, p, m, False, False).forward(256) <= limit
     assert 8 * Sizes(64, 40, 0, True, False).forward(256) <= limit
+    for n, p, m in ((200, 0, 200), (200, 40, 200), (400, 0, 400), (700, 0, 700)):
+        sizes = Sizes(n, p, m, False, False)
+        assert 8 * sizes.forward(256) > limit >= 8 * max(sizes.forward(256, True), sizes.backward(256, True))
 
 
 @pytest.mark.cuda

@@ -247,7 +247,9 @@ DIFFOPT_STEP void store(Job& work) {
         factor_active(work);
     }
     for (int item = team.rank; item < z.eliminated(); item += team.size) kept.E[item] = at.W.at[item];
-    for (int item = team.rank; item < triangle(F.active); item += team.size) kept.K[item] = F.K.at[item];
+    if constexpr (!Job::Team::LARGE) {
+        for (int item = team.rank; item < triangle(F.active); item += team.size) kept.K[item] = F.K.at[item];
+    }
     for (int k = team.rank; k < F.active; k += team.size) kept.list[1 + k] = at.list[k];
     if (team.rank == 0) {
         kept.list[0] = F.active;

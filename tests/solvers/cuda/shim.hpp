@@ -49,7 +49,7 @@ struct Block {
 
 struct Mine {
     Block* block;
-    Index thread, of_grid, size;
+    Index thread, of_grid, size, grid;
     Warp& warp() const { return *block->warps[thread.x / DIFFOPT_WARP]; }
 };
 
@@ -60,6 +60,7 @@ inline thread_local Mine mine;
 #define threadIdx shim::mine.thread
 #define blockIdx shim::mine.of_grid
 #define blockDim shim::mine.size
+#define gridDim shim::mine.grid
 
 inline void __syncthreads() {
     if (blockDim.x > 1) shim::mine.block->barrier.arrive_and_wait();
@@ -95,7 +96,7 @@ void launch(void (*kernel)(Arguments...), std::index_sequence<I...>, unsigned gr
     for (unsigned i = 0; i < grid; ++i) {
         Block block(threads, bytes / sizeof(double));
         auto run = [&](unsigned rank) {
-            mine = {&block, {rank}, {i}, {unsigned(threads)}};
+            mine = {&block, {rank}, {i}, {unsigned(threads)}, {grid}};
             kernel(std::bit_cast<Arguments>(words[I])...);
         };
         if (threads == 1) {
