@@ -1,4 +1,4 @@
-"""The benchmark of the CUDA executor, as far as it goes without a device: its logic, on the CPU with a clock of ours."""
+"""The benchmark of the CUDA executor, as far as it goes without a device: its logic, on the CPU with our own clock."""
 
 from __future__ import annotations
 

@@ -68,8 +68,9 @@ def test_no_race() -> None:
         ("dense.cuh", "team.sync();  // the trailing update reads other threads' rows"),
         ("kkt.cuh", "    team.sync();\n    times(team, F.V"),
         ("setup.cuh", "team.sync();  // W takes the place of L"),
+        ("kernels.cu", "            team.sync(); /* the next problem"),
     ],
-    ids=["cholesky", "kkt", "overlay"],
+    ids=["cholesky", "kkt", "overlay", "next"],
 )
 def test_a_missing_barrier_is_reported(tmp_path: Path, name: str, barrier: str) -> None:
     kernels = shutil.copytree(SOURCES, tmp_path / "kernels")
