@@ -186,13 +186,15 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
 
 def _others(
     form: Form, found: kkt.Solved, counts: Tensor, kink_rule: str, weak_tolerance: float
-) -> list[tuple[int, Prepared]]:
-    """Prepare the instances that were solved each on its own, and complete their counts."""
+) -> list[tuple[kkt.Rest, Prepared]]:
+    """Prepare the instances that another solver solved, and complete their counts."""
     others = []
-    for index, one in found.others:
+    for rest in found.others:
         assert isinstance(form, QPForm)
-        others.append((index, prepare(form.instance(index).detach(), one, kink_rule, weak_tolerance)))
-        counts.view(3, -1)[1:, index] = others[-1][1].counts[1:]
+        prepared = prepare(form.part(rest.begin, rest.end).detach(), rest.found, kink_rule, weak_tolerance)
+        target = counts.view(3, -1)[1:, rest.begin : rest.end]
+        target.copy_(torch.where(rest.mine, prepared.counts[1:], target))
+        others.append((rest, prepared))
     return others
 
 
@@ -271,13 +273,13 @@ def value_gradients(
 class _Task(NamedTuple):
     """What a reverse pass needs beside the tensors that autograd saves: the form; the solution, its point empty where
     outputs stood; which of x, s, nu, lam, lam_lower, lam_upper are outputs, and which of the form's tensors are inputs;
-    the instances that stand on their own; and how kinks are read."""
+    the instances that another solver solved; and how kinks are read."""
 
     form: Form
     found: kkt.Solved
     outputs: tuple[int, ...]
     inputs: tuple[int, ...]
-    others: list[tuple[int, Prepared]]
+    others: list[tuple[kkt.Rest, Prepared]]
     kink_rule: str
     weak_tolerance: float
 
@@ -286,7 +288,7 @@ _EMPTY = torch.empty(0)
 
 
 def _pulled_point(
-    form: Form, found: kkt.Solved, others: list[tuple[int, Prepared]], kink_rule: str, weak_tolerance: float
+    form: Form, found: kkt.Solved, others: list[tuple[kkt.Rest, Prepared]], kink_rule: str, weak_tolerance: float
 ) -> kkt.Point:
     # Every tensor that autograd handles costs a microsecond or more: what has no entries, or needs no gradient,
     # stays out. (Where there are no bounds, their multipliers are zero, whatever the data.)
@@ -347,8 +349,8 @@ def _pulled(
     """Return what the solver's own reverse pass gives for those tensors of the form that need a gradient."""
     assert task.found.pullback is not None
     found = task.found.pullback.run(point, gradients, needed)
-    for index, prepared in task.others:
-        _add_other(form, index, prepared, gradients, found)
+    for rest, prepared in task.others:
+        _add_rest(form, rest, prepared, gradients, found)
     return found
 
 
@@ -361,37 +363,37 @@ def _with_saved(task: _Task, saved: tuple[Tensor, ...]) -> Form:
     return task.form.with_tensors(tensors)
 
 
-def _add_other(
-    whole: Form, index: int, prepared: Prepared, grads: tuple[Tensor | None, ...], found: tuple[Tensor | None, ...]
+def _add_rest(
+    whole: Form, rest: kkt.Rest, prepared: Prepared, grads: tuple[Tensor | None, ...], found: tuple[Tensor | None, ...]
 ) -> None:
-    """Add the gradients of an instance that was solved on its own to those of the batch."""
+    """Add the gradients of instances that another solver solved to those of the batch."""
     assert isinstance(whole, QPForm)
-    form = whole.instance(index)
+    begin, end, mine, _ = rest
+    form, batch, count = whole.part(begin, end), whole.batch_shape, whole.batch_shape.numel()
     with torch.enable_grad():
         form = form.with_tensors({k: v.detach().requires_grad_() for k, v in form.tensors().items()})
-        one = attach(form, prepared)
-        outputs = (one.x, one.s, one.nu, one.lam, one.lam_lower, one.lam_upper)
+        some = attach(form, prepared)
+        outputs = (some.x, some.s, some.nu, some.lam, some.lam_lower, some.lam_upper)
         used = [
-            (v, g.reshape(whole.batch_shape.numel(), g.shape[-1])[index])
+            (v, torch.where(mine.unsqueeze(-1), g.reshape(count, g.shape[-1])[begin:end], 0.0))
             for v, g in zip(outputs, grads, strict=True)
             if g is not None and v.requires_grad
         ]
         own = torch.autograd.grad(
             [v for v, _ in used], list(form.tensors().values()), [g for _, g in used], materialize_grads=True
         )
-    tensors = whole.tensors().values()
-    for target, gradient, tensor, dims in zip(found, own, tensors, whole.core_dims(), strict=True):
+    for target, gradient, tensor, dims in zip(found, own, whole.tensors().values(), whole.core_dims(), strict=True):
         if target is None:
             continue
-        if tensor.dim() == dims:
-            target += gradient
-        else:
-            # Its own entry alone: the NaN of a failed instance must not reach others.
-            lead = tensor.shape[: tensor.dim() - dims]
-            place = torch.zeros(whole.batch_shape, dtype=gradient.dtype, device=gradient.device)
-            place.view(-1)[index] = 1
-            mine = (place.sum_to_size(lead) > 0).reshape(*lead, *[1] * dims)
-            target += torch.where(mine, gradient, 0.0)
+        lead, core = tensor.shape[: tensor.dim() - dims], tensor.shape[tensor.dim() - dims :]
+        if lead == batch and lead:
+            target.view(count, *core)[begin:end] += gradient
+        elif lead.numel() == 1:
+            target += gradient.reshape(target.shape)
+        else:  # shared by some instances
+            full = gradient.new_zeros(count, *core)
+            full[begin:end] = gradient
+            target += full.reshape(*batch, *core).sum_to_size(target.shape)
 
 
 def _differentiated(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt import Settings, Status, kkt
+from diffopt.backends import pdipm as pdipm_backend
 from diffopt.linalg.matrices import Dense, Diagonal
 from diffopt.problems.forms import QPForm
 from diffopt.solvers import cuda_executor, pdipm
@@ -292,6 +293,80 @@ def test_what_it_leaves_to_others(serial: CudaExecutor, kind: str) -> None:
     assert all((v[1] == 0).all() and v[0].isfinite().all() for v in gradients.values())
 
 
+def whole(problem: Problem, executor: str, weight: Tensor | None = None) -> tuple[diffopt.Solution, Problem]:
+    """Solve and differentiate as a user does, by an executor and those whom it leaves something to."""
+    leaves: Problem = {name: v.clone().requires_grad_() for name, v in problem.items()}
+    solution = diffopt.solve_qp(**leaves, settings=Settings(executor=executor), on_failure="return")  # type: ignore[arg-type]
+    ok = solution.ok if weight is None else solution.ok & weight
+    total = sum(
+        (v[ok] * w[ok]).nan_to_num(posinf=0.0).sum()
+        for name, w in zip(OUTPUTS, weights(solution_like(solution)), strict=True)
+        for v in [getattr(solution, name)]
+    )
+    return solution, dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))  # type: ignore[arg-type]
+
+
+def solution_like(solution: diffopt.Solution) -> Answer:
+    return Answer(*(getattr(solution, name).detach() for name in OUTPUTS), *[None] * 7)  # type: ignore[arg-type]
+
+
+def left_to_others(shared: str = "") -> Problem:
+    """Return eight problems of two rows of a batch, of which some are not for this executor."""
+    problem = optnet(8, 6, 4, 2, "lower upper", shared=shared)
+    problem["upper"][1, 2] = problem["lower"][1, 2]
+    problem["lower"][3, 0] = problem["upper"][3, 0] + 1
+    problem["q"][4, 1] = torch.nan
+    problem["h"][6] -= 100
+    if "Q" not in shared:
+        problem["Q"][7, :, 0] = problem["Q"][7, 0, :] = 0
+    return {name: v if v.shape[0] != 8 else v.unflatten(0, (2, 4)) for name, v in problem.items()}
+
+
+@pytest.mark.parametrize(("shared", "at_once"), [("", 3), ("Q", 256), ("A G", 2)])
+def test_what_is_left_goes_to_torch(
+    serial: CudaExecutor, shared: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_executor, "_executor", serial)
+    monkeypatch.setattr(pdipm_backend, "MOST_AT_ONCE", at_once)
+    problem = left_to_others(shared)
+    if "A" in shared:
+        problem["Q"] = problem["Q"][:, :1]  # shared by some
+    mine, gradients = whole(problem, "cuda")
+    theirs, expected = whole(problem, "torch")
+    assert mine.executor.startswith("cuda:warp+torch:") and torch.equal(mine.status, theirs.status)
+    assert mine.status.flatten()[[3, 4, 6]].tolist() == [4, 7, 4] and mine.ok.sum() >= 4
+    assert torch.equal(mine.weakly_active, theirs.weakly_active) and torch.equal(mine.dependent, theirs.dependent)
+    assert mine.certificate is not None and theirs.certificate is not None
+    assert torch.allclose(mine.certificate.lam, theirs.certificate.lam, equal_nan=True)
+    for name in OUTPUTS:
+        assert torch.allclose(getattr(mine, name), getattr(theirs, name), atol=1e-8, equal_nan=True), name
+    assert all(relative(gradients[name], expected[name]) <= GRADIENT_REFERENCE for name in problem)
+    # A failed instance that is asked for its gradient has none.
+    leaves = {name: v.clone().requires_grad_() for name, v in problem.items()}
+    solution = diffopt.solve_qp(**leaves, settings=Settings(executor="cuda"), on_failure="return")
+    spoiled = torch.autograd.grad(solution.x.sum(), list(leaves.values()))
+    of_q = dict(zip(leaves, spoiled, strict=True))["q"].flatten(0, 1)
+    assert torch.equal(of_q.isnan().any(-1), ~mine.ok.flatten())
+
+
+def test_whether_a_neighbour_is_left_changes_no_bit(serial: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_executor, "_executor", serial)
+    monkeypatch.setattr(pdipm_backend, "MOST_AT_ONCE", 4)
+    problem = left_to_others()
+    asked = torch.ones(2, 4, dtype=torch.bool)
+    asked[0, 2] = False
+    before, gradients = whole(problem, "cuda", asked)
+    for name in ("q", "Q", "h"):
+        spoiled = problem | {name: problem[name].clone()}
+        spoiled[name][0, 2] = torch.nan
+        after, others = whole(spoiled, "cuda", asked)
+        assert after.status[0, 2] == Status.NONFINITE_INPUT and before.ok[0, 2]
+        for output in (*OUTPUTS, "iterations"):
+            same = getattr(before, output)[asked], getattr(after, output)[asked]
+            assert torch.equal(*(v.nan_to_num(nan=-7.0) for v in same)), output
+        assert all(torch.equal(gradients[k][asked], others[k][asked]) for k in problem)
+
+
 def test_few_iterations_leave_it_unsolved(serial: CudaExecutor) -> None:
     answer = solve(serial, optnet(4, 20, 20), max_iterations=2)
     assert answer.unsolved > 0 and answer.counts[0].max() <= 2
@@ -398,6 +473,8 @@ def test_refusals(serial: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None
     assert "pip install 'diffopt-torch[cuda1" in reason(serial, data, settings)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert CudaLauncher().missing() is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert CudaLauncher().missing() == "needs CUDA, and this torch is for ROCm"
 
 
 def test_memory_is_what_the_kernels_lay_out() -> None:
