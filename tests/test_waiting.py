@@ -73,12 +73,14 @@ def problem(batch: int = 5, n: int = 7, m: int = 4, p: int = 2) -> Problem:
     return data | {"G": G, "h": (G @ x[..., None])[..., 0] + room, "lower": x - 0.5}
 
 
-def solved(data: Problem, keep: Tensor, **settings: Any) -> tuple[diffopt.Solution, dict[str, Tensor]]:
-    """Solve, and differentiate a function of all outputs of the instances whose weight in ``keep`` is not zero."""
+def solved(
+    data: Problem, keep: Tensor, outputs: tuple[str, ...] = OUTPUTS, **settings: Any
+) -> tuple[diffopt.Solution, dict[str, Tensor]]:
+    """Solve, and differentiate a function of the outputs of those instances for which ``keep`` holds."""
     leaves = {name: v.clone().requires_grad_() for name, v in data.items()}
     solution = diffopt.solve_qp(**leaves, settings=Settings(**settings), on_failure="return")
     total = torch.zeros((), dtype=f64)
-    for k, name in enumerate(OUTPUTS):
+    for k, name in enumerate(outputs):
         v = getattr(solution, name)
         weight = torch.cos(torch.arange(float(v[0].numel()), dtype=v.dtype) + k).reshape(v[0].shape)
         # (What is NaN must not be multiplied by zero: its gradient has to be zero.)
@@ -127,10 +129,11 @@ def test_a_failed_instance_has_no_gradient(executor: str) -> None:
     data["A"], data["G"] = data["A"][0], data["G"][0]
     data["h"] = data["h"].abs() + 9
     data["b"] = data["b"][0]
-    _, gradients = solved(data, GOOD | True, executor=executor, sync=False, max_iterations=25)
-    assert all(bool(gradients[name][2].isnan().all()) for name in ("q", "Q"))
-    assert all(bool(gradients[name].isnan().all()) for name in ("A", "b", "G"))  # shared with it
-    assert bool(gradients["q"][GOOD].isfinite().all())
+    for outputs in (("x",), ("lam",), OUTPUTS):
+        _, gradients = solved(data, GOOD | True, outputs, executor=executor, sync=False, max_iterations=25)
+        assert all(bool(gradients[name][2].isnan().all()) for name in ("q", "Q"))
+        assert all(bool(gradients[name].isnan().all()) for name in ("A", "b", "G"))  # shared with it
+        assert bool(gradients["q"][GOOD].isfinite().all())
     _, gradients = solved(data, GOOD, executor=executor, sync=False, max_iterations=25)
     assert all(bool(v.isfinite().all()) for v in gradients.values())
 

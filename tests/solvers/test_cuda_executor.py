@@ -58,8 +58,8 @@ def data_of(problem: Problem, batch: torch.Size | None = None) -> Data:
     return Data(Q, *pieces[1:], problem["q"].shape[:-1] if batch is None else batch)  # type: ignore[arg-type]
 
 
-def solve(executor: CudaExecutor, problem: Problem, **settings: Any) -> Answer:
-    data, chosen = data_of(problem), Settings(**settings)
+def solve(executor: CudaExecutor, problem: Problem, batch: tuple[int, ...] | None = None, **settings: Any) -> Answer:
+    data, chosen = data_of(problem, batch and torch.Size(batch)), Settings(**settings)
     assert executor.refuses(data, chosen) is None
     dtype = problem["q"].dtype
     tolerance = min(chosen.tolerance_for(dtype), 1e-8 if dtype == torch.float32 else 1.0)
@@ -341,6 +341,11 @@ def test_what_is_left_goes_to_torch(
     for name in OUTPUTS:
         assert torch.allclose(getattr(mine, name), getattr(theirs, name), atol=1e-8, equal_nan=True), name
     assert all(relative(gradients[name], expected[name]) <= GRADIENT_REFERENCE for name in problem)
+    own = solve(serial, problem, batch=(2, 4))
+    solved = own.status == Status.SOLVED
+    assert 0 < solved.sum() < 8 and torch.equal(own.x[solved], mine.x[solved])
+    assert torch.equal(own.residuals[:, solved], mine.report.residuals[:, solved])
+    assert torch.equal(own.counts[:, solved], mine.report.counts[:, solved])
     # A failed instance that is asked for its gradient has none.
     leaves = {name: v.clone().requires_grad_() for name, v in problem.items()}
     solution = diffopt.solve_qp(**leaves, settings=Settings(executor="cuda"), on_failure="return")
@@ -356,11 +361,15 @@ def test_whether_a_neighbour_is_left_changes_no_bit(serial: CudaExecutor, monkey
     asked = torch.ones(2, 4, dtype=torch.bool)
     asked[0, 2] = False
     before, gradients = whole(problem, "cuda", asked)
-    for name in ("q", "Q", "h"):
-        spoiled = problem | {name: problem[name].clone()}
-        spoiled[name][0, 2] = torch.nan
+    for name in ("q", "h", "Q", "Q is singular"):
+        spoiled = problem | {name[0]: problem[name[0]].clone()}
+        if name == "Q is singular":  # it goes by another elimination
+            spoiled["Q"][0, 2, 0], spoiled["Q"][0, 2, :, 0] = 0, 0
+        else:
+            spoiled[name][0, 2] = torch.nan
         after, others = whole(spoiled, "cuda", asked)
-        assert after.status[0, 2] == Status.NONFINITE_INPUT and before.ok[0, 2]
+        assert "primal" in after.executor and before.ok[0, 2]
+        assert after.status[0, 2] == (Status.SOLVED if name == "Q is singular" else Status.NONFINITE_INPUT)
         for output in (*OUTPUTS, "iterations"):
             same = getattr(before, output)[asked], getattr(after, output)[asked]
             assert torch.equal(*(v.nan_to_num(nan=-7.0) for v in same)), output

@@ -63,19 +63,22 @@ def test_no_race() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "barrier"),
+    ("name", "needed"),
     [
         ("dense.cuh", "team.sync();  // the trailing update reads other threads' rows"),
         ("kkt.cuh", "    team.sync();\n    times(team, F.V"),
         ("setup.cuh", "team.sync();  // W takes the place of L"),
         ("kernels.cu", "            team.sync(); /* the next problem"),
+        ("setup.cuh", " + place * far(z)"),
     ],
-    ids=["cholesky", "kkt", "overlay", "next"],
+    ids=["cholesky", "kkt", "overlay", "next", "workspace"],
 )
-def test_a_missing_barrier_is_reported(tmp_path: Path, name: str, barrier: str) -> None:
+def test_what_is_missing_is_reported(tmp_path: Path, name: str, needed: str) -> None:
+    """A barrier, or a workspace for each team."""
     kernels = shutil.copytree(SOURCES, tmp_path / "kernels")
     text = (kernels / name).read_text()
-    assert text.count(barrier) == 1
-    (kernels / name).write_text(text.replace(barrier, barrier.replace("team.sync();", "")))
+    assert text.count(needed) == 1
+    less = needed.replace("team.sync();", "").replace("+ place", "+ 0 * place")
+    (kernels / name).write_text(text.replace(needed, less))
     done = run(kernels)
     assert done.returncode == RACE and "data race" in done.stderr

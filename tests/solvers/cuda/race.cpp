@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int BATCH = 2;
+constexpr int BATCH = 3;  // of two teams the first has two problems
 
 struct Words {
     std::vector<long long> all;
@@ -32,9 +32,8 @@ std::vector<double> drawn(int count, std::mt19937& source, double low = -1, doub
 
 template <class Solve, class PullBack>
 int run(Solve solve, PullBack pull_back, diffopt::Variant variant, int N, int P, int M) {
-    // (One block, so that a team has several problems, but for the warps, of which there are two.)
     const bool block = variant != diffopt::Variant::warp, large = variant == diffopt::Variant::large;
-    const int threads = 2 * DIFFOPT_WARP, grid = 1, team = block ? threads : DIFFOPT_WARP;
+    const int threads = 2 * DIFFOPT_WARP, grid = block ? 2 : 1, team = block ? threads : DIFFOPT_WARP;
     std::mt19937 source(0);
     auto A = drawn(BATCH * P * N, source), G = drawn(BATCH * M * N, source), q = drawn(BATCH * N, source, -5, 5);
     auto b = drawn(BATCH * P, source), h = drawn(BATCH * M, source, 0, 1), lower = drawn(BATCH * N, source, -1, -0.5);
@@ -47,23 +46,27 @@ int run(Solve solve, PullBack pull_back, diffopt::Variant variant, int N, int P,
         }
     }
     const diffopt::Sizes z(N, P, M, true, false);
-    std::vector<double> kept(BATCH * diffopt::Kept::size(z)), residuals(3 * BATCH), workspace(diffopt::Memory::far(z));
+    std::vector<double> kept(BATCH * diffopt::Kept::size(z)), residuals(3 * BATCH);
+    std::vector<double> workspace(grid * diffopt::Memory::far(z));
     std::vector<int> lists(BATCH * (z.c + 1)), unsolved(1);
     std::vector<double> x(BATCH * N), s(BATCH * M), lam(BATCH * M), nu(BATCH * P), low(BATCH * N), up(BATCH * N);
     std::vector<signed char> status(BATCH);
     std::vector<long long> counts(3 * BATCH);
 
-    Words words;
-    words.add(Q, N * N), words.add(q, N), words.add(A, P * N), words.add(b, P), words.add(G, M * N), words.add(h, M);
-    words.add(lower, N), words.add(0LL), words.add(0LL);
-    for (int v : {N, P, M, BATCH}) words.add((long long)v);
-    words.add(kept), words.add(lists), words.add(1LL), words.add(workspace), words.add(x), words.add(s), words.add(lam), words.add(nu), words.add(low);
-    words.add(up), words.add(status), words.add(counts), words.add(residuals), words.add(unsolved);
-    words.add(60LL), words.add(1e-9), words.add(1e-7);
     const long long doubles = diffopt::Memory::size(z, team, large);
-    words.add(doubles);
-    shim::launch(solve, grid, threads, 8 * doubles * (block ? 1 : 2), words.all.data());
-    if (unsolved[0]) return 1;
+    for (long long keep : {0, 1}) {
+        Words words;
+        words.add(Q, N * N), words.add(q, N), words.add(A, P * N), words.add(b, P), words.add(G, M * N), words.add(h, M);
+        words.add(lower, N), words.add(0LL), words.add(0LL);
+        for (int v : {N, P, M, BATCH}) words.add((long long)v);
+        words.add(kept), words.add(lists), words.add(keep), words.add(workspace);
+        words.add(x), words.add(s), words.add(lam), words.add(nu), words.add(low), words.add(up);
+        words.add(status), words.add(counts), words.add(residuals), words.add(unsolved);
+        words.add(60LL), words.add(1e-9), words.add(1e-7);
+        words.add(doubles);
+        shim::launch(solve, grid, threads, 8 * doubles * (block ? 1 : 2), words.all.data(), true);
+        if (unsolved[0]) return 1;
+    }
 
     auto g_x = drawn(BATCH * N, source), g_s = drawn(BATCH * M, source);
     std::vector<double> dQ(BATCH * N * N), dq(BATCH * N), dA(BATCH * P * N), db(BATCH * P), dG(BATCH * M * N);
@@ -77,7 +80,7 @@ int run(Solve solve, PullBack pull_back, diffopt::Variant variant, int N, int P,
     back.add(0LL), back.add(0LL);
     const long long backward = diffopt::BackwardMemory::size(z, team, large);
     back.add(backward);
-    shim::launch(pull_back, grid, threads, 8 * backward * (block ? 1 : 2), back.all.data());
+    shim::launch(pull_back, grid, threads, 8 * backward * (block ? 1 : 2), back.all.data(), true);
     for (double v : dQ) {
         if (!diffopt::finite(v)) return 1;
     }
