@@ -316,7 +316,8 @@ class CudaExecutor(Executor):
             outputs = (workspace, x, s, lam, nu, lower, upper, status, counts, residuals, unsolved)
             arguments: list[int | float] = [*pairs, sizes.n, sizes.p, sizes.m, count, kept.data_ptr(), lists.data_ptr()]
             arguments += [int(keep), *map(_pointer, outputs)]
-            arguments += [settings.max_iterations, float(tolerance), float(weak_tolerance)]
+            claim = settings.tolerance_for(q.dtype)
+            arguments += [settings.max_iterations, float(tolerance), float(claim), float(weak_tolerance)]
             self._launch("solve", q, grid, shape, arguments)
         saved = Saved(kept, lists, sizes, fields, others=settings.sync) if keep else None
         left = int(unsolved.item()) if settings.sync else None

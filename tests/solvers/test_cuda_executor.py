@@ -174,9 +174,24 @@ def test_partly_shared_data(serial: CudaExecutor) -> None:
 def test_float32_is_solved_in_float64(serial: CudaExecutor) -> None:
     problem = optnet(4, 12, 6, 2, "lower")
     problem["Q"] = problem["Q"] + torch.eye(12)
-    answer = compare(serial, {name: v.float() for name, v in problem.items()})
+    single = {name: v.float() for name, v in problem.items()}
+    answer = compare(serial, single)
     assert answer.x.dtype == torch.float32 and answer.residuals.dtype == f64
-    assert answer.residuals.max() <= 1e-8  # of the float64 point, before its rounding
+    # The residuals are those of what is written.
+    fields = (answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper)
+    point = kkt.Point(*(v.double() for v in fields))
+    again = kkt.residuals(QPForm(**{name: v.double() for name, v in single.items()}), point)
+    assert torch.allclose(answer.residuals, torch.stack(again), rtol=1e-6, atol=1e-14)
+    assert 1e-9 < answer.residuals.max() <= 1e-6
+
+
+def test_what_rounding_spoils_is_not_called_solved(serial: CudaExecutor) -> None:
+    problem = {name: v.float() for name, v in optnet(5, 6, 4, 2).items()}
+    problem["q"][2:], problem["A"][2:] = 1e4 * problem["q"][2:], 1e4 * problem["A"][2:]  # b stays as it is
+    answer = solve(serial, problem)
+    assert answer.status.tolist() == [1, 1, 0, 0, 0] and answer.unsolved == 3
+    again = solve(serial, {name: v.double() for name, v in problem.items()})
+    assert again.unsolved == 0
 
 
 @pytest.mark.parametrize(("warp", "warps"), [(4, 1), (4, 3), (32, 1)])
@@ -512,7 +527,9 @@ class TestOnDevice:  # pragma: cuda
     """The same on a GPU."""
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    @pytest.mark.parametrize(("n", "m", "p"), [(10, 10, 0), (20, 10, 5), (64, 30, 8), (100, 100, 0)])
+    @pytest.mark.parametrize(
+        ("n", "m", "p"), [(10, 10, 0), (20, 10, 5), (64, 30, 8), (100, 100, 0), (150, 130, 0), (200, 200, 20)]
+    )
     def test_agrees_with_torch(self, n: int, m: int, p: int, dtype: torch.dtype) -> None:
         problem = optnet(7, n, m, p, "lower" if m <= 0.9 * n else "")
         if dtype == torch.float32:
@@ -520,7 +537,7 @@ class TestOnDevice:  # pragma: cuda
         answer = compare(CudaExecutor(), {name: v.to("cuda", dtype) for name, v in problem.items()})
         assert answer.x.device.type == "cuda" and answer.x.dtype == dtype
 
-    @pytest.mark.parametrize("n", [12, 40])
+    @pytest.mark.parametrize("n", [12, 40, 160])
     def test_an_instance_does_not_know_its_neighbours(self, n: int) -> None:
         problem = {name: v.cuda() for name, v in optnet(9, n, n // 2, 2, "upper").items()}
         executor = CudaExecutor()
@@ -539,6 +556,24 @@ class TestOnDevice:  # pragma: cuda
     def test_what_it_leaves_to_others(self, kind: str) -> None:
         answer = solve(CudaExecutor(), {name: v.cuda() for name, v in broken(kind).items()})
         assert answer.status.tolist() == [Status.SOLVED, Status.UNSOLVED, Status.SOLVED]
+
+    @pytest.mark.parametrize(("batch", "n"), [(5000, 8), (700, 40), (300, 150)])
+    def test_more_problems_than_run_at_a_time(self, batch: int, n: int) -> None:
+        problem = {k: v.cuda() for k, v in optnet(7, n, n // 2, 1).items()}
+        problem = {k: v.repeat(batch // 7 + 1, *[1] * (v.dim() - 1))[:batch] for k, v in problem.items()}
+        executor = CudaExecutor()
+        answers = [executor.solve(data_of(problem), Settings(), 1e-9, 1e-7, keep) for keep in (False, True)]
+        everywhere, again = list(range(batch)), [i % 7 for i in range(batch)]
+        assert answers[0].unsolved == 0 and same_bits(*answers, everywhere, everywhere)
+        assert same_bits(answers[0], answers[0], everywhere, again)
+
+    def test_another_device(self) -> None:
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two devices")
+        problem = {name: v.to("cuda:1") for name, v in optnet(5, 12, 6, 2, "lower").items()}
+        with torch.cuda.device(0):
+            answer = compare(CudaExecutor(), problem)
+            assert torch.cuda.current_device() == 0 and answer.x.device.index == 1
 
     def test_a_stream_of_its_own(self) -> None:
         problem = {name: v.cuda() for name, v in optnet(64, 10, 10).items()}

@@ -330,7 +330,7 @@ template <class T, class Team>
 __device__ inline void solve_instance(
     const Team& team, const Forward<T>& task, long long i, long long place, double* shared) {
     Work<T, Team> work(team, task, i, place, shared);
-    if (prepare(work) && iterate(work)) {
+    if (prepare(work) && iterate(work) && claim(work)) {
         store(work);
     } else {
         give_up(work);

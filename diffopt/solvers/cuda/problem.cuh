@@ -8,7 +8,8 @@ namespace diffopt {
 // lower and upper are null where there are none. `kept`: `Kept::size` doubles, and `lists`: c + 1 ints, for each instance
 // if `keep`, else for each team, which then has them for one instance after the other. `workspace`: `Memory::far` doubles
 // a team. counts: iterations, weakly active rows and dependent rows, each of length batch; residuals: primal, dual, gap,
-// likewise. `unsolved` counts what is left to others.
+// likewise. `tolerance` is that of the iteration, in float64, and `claim` that of the answer as written, rounded to T.
+// `unsolved` counts what is left to others.
 #define DIFFOPT_FORWARD_ARGUMENTS(T, _)                                                                              \
     _(const T*, Q) _(long long, Q_stride) _(const T*, q) _(long long, q_stride)                                      \
     _(const T*, A) _(long long, A_stride) _(const T*, b) _(long long, b_stride)                                      \
@@ -18,7 +19,7 @@ namespace diffopt {
     _(double*, kept) _(int*, lists) _(long long, keep) _(double*, workspace)                                         \
     _(T*, x) _(T*, s) _(T*, lam) _(T*, nu) _(T*, lam_lower) _(T*, lam_upper)                                         \
     _(signed char*, status) _(long long*, counts) _(double*, residuals) _(int*, unsolved)                            \
-    _(long long, max_iterations) _(double, tolerance) _(double, weak_tolerance)
+    _(long long, max_iterations) _(double, tolerance) _(double, claim) _(double, weak_tolerance)
 
 // Those of the backward kernel. Of the incoming gradients, g_x to g_upper, and of the results, null is not there. `others`:
 // whether what was left unsolved is somebody else's to differentiate, too; if not, it has failed.

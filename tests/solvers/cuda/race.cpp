@@ -62,7 +62,7 @@ int run(Solve solve, PullBack pull_back, diffopt::Variant variant, int N, int P,
         words.add(kept), words.add(lists), words.add(keep), words.add(workspace);
         words.add(x), words.add(s), words.add(lam), words.add(nu), words.add(low), words.add(up);
         words.add(status), words.add(counts), words.add(residuals), words.add(unsolved);
-        words.add(60LL), words.add(1e-9), words.add(1e-7);
+        words.add(60LL), words.add(1e-9), words.add(1e-9), words.add(1e-7);
         words.add(doubles);
         shim::launch(solve, grid, threads, 8 * doubles * (block ? 1 : 2), words.all.data(), true);
         if (unsolved[0]) return 1;
