@@ -200,9 +200,13 @@ class Pullback(NamedTuple):
     ``run(point, gradients, needed)``: the gradients for each tensor of the form, in the order of `Form.tensors`
     (``None`` where not needed), from those for the entries of the point, in its order (``None`` is zero). Shared
     tensors get the sum over the batch.
+
+    ``many(vectors, forward)``, where the solver has it: the derivative of all instances at many vectors at once; see
+    `diffopt.solvers.executor.Executor.derivative`, but vectors are in the order of `Point`.
     """
 
     run: Callable[[Point, tuple[Tensor | None, ...], tuple[bool, ...]], tuple[Tensor | None, ...]]
+    many: Callable[[tuple[Tensor | None, ...], bool], tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]] | None = None
 
 
 class Solved(NamedTuple):

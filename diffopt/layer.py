@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit, infeasible, operators, relaxed, transforms
+from diffopt import implicit, infeasible, kkt, operators, relaxed, transformed, transforms
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
@@ -329,34 +329,32 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
 
     Is the innermost a vmap over the data, then the mapped dimension becomes a leading batch dimension, and the rest is
     an ordinary call, by the fastest way that there is. Otherwise a derivative is being taken: the problem is solved on
-    tensors unwrapped to the last, and the solution attached to the wrapped ones by its Newton step, which torch
-    then transforms as it does any function.
+    tensors unwrapped to the last, and the solution attached to the wrapped ones by its solver's own derivative if nobody
+    takes a derivative of that, else by its Newton step, which torch then transforms as it does any function.
     """
     tensors = form.tensors().values()
     if any(map(transforms.mapped_here, tensors)):
         return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure))
-    # The derivative of one instance is many right-hand sides of one small system.
-    alone = form.batch_shape.numel() == 1 and transforms.under_reverse_mode_alone(tensors)
-    done: list[implicit.Prepared] = []
-    direct: list[implicit.Jacobian] = []
+    rule, weak_tolerance = settings.kink_rule, settings.weak_tolerance_for(form.dtype)
+    known: kkt.Solved | None = None
+    layers = transforms.layers_of(tensors)
+    if layers is not None:
+        with transforms.outside():
+            plain = layers.plain(form)
+            known = choose(backend, plain).solve(plain, settings, keep=True)
+            if not known.solved:
+                _report(implicit.attach_solved(plain, known, rule, weak_tolerance), on_failure)
+        if transformed.takes(plain, known, rule):
+            return transformed.attach(form, plain, known, layers, weak_tolerance)
 
-    def run(inner: Form) -> tuple[Tensor, ...]:
-        plain = inner.detach()
-        found = choose(backend, plain).solve(plain, settings)
-        jacobian = implicit.jacobian_of(plain, found, settings.kink_rule) if alone else None
-        if jacobian is not None:
-            direct.append(jacobian)
-            return jacobian.outputs()
-        prepared = implicit.prepare(plain, found, settings.kink_rule, settings.weak_tolerance_for(plain.dtype))
-        _report(implicit.attach(plain, prepared), on_failure)
-        done.append(prepared)
-        return implicit.flatten(prepared)
+    def prepare(plain: Form) -> implicit.Prepared:
+        found = choose(backend, plain).solve(plain, settings) if known is None else known
+        prepared = implicit.prepare(plain, found, rule, weak_tolerance)
+        if known is None:
+            _report(implicit.attach(plain, prepared), on_failure)
+        return prepared
 
-    call = transforms.Call(form, run, implicit.BATCH_SECOND, all_layers=True)
-    outputs = transforms.Unwrapped.apply(call, *(tensor.detach() for tensor in tensors))
-    if direct:
-        return implicit.attach_by_jacobian(form, direct[0], outputs)
-    return implicit.attach(form, implicit.unflatten(done[0], outputs), transformed=True)
+    return implicit.attach(form, implicit.prepared_inside(form, prepare), transformed=True)
 
 
 _FIELDS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status")

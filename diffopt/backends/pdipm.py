@@ -162,7 +162,13 @@ def _pullback(executor: Executor, data: Data, answer: Answer) -> kkt.Pullback:
         found = executor.pullback(data, full, incoming, tuple(here and next(wants) for here in present))
         return tuple(gradient for gradient, here in zip(found, present, strict=True) if here)
 
-    return kkt.Pullback(run)
+    def many(
+        vectors: tuple[Tensor | None, ...], forward: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        for_x, for_s, for_nu, for_lam, for_lower, for_upper = vectors
+        return executor.derivative(data, empty, (for_x, for_s, for_lam, for_nu, for_lower, for_upper), forward)
+
+    return kkt.Pullback(run, many if executor.many_at_once else None)
 
 
 def _system(found: pdipm.ActiveSystem | None, form: QPForm) -> kkt.System | None:

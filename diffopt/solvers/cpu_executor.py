@@ -37,6 +37,7 @@ MOST_LAYOUTS = 1000
 _REDUCTIONS = {"auto": 0, "dual": 1, "diagonal": 2, "primal": 3}
 _CALL = struct.Struct("25q14q4d6q")
 _GRADIENTS = struct.Struct("15q")
+_MANY = struct.Struct("4q")
 _COUNT = (1 << 40) - 1
 _WAYS = {1: "dual", 2: "diagonal", 4: "primal"}
 _HESSIANS = {Dense: 0, Diagonal: 1, DiagonalPlusLowRank: 2}
@@ -109,6 +110,8 @@ class Saved:
 class CpuExecutor(Executor):
     """See the module."""
 
+    many_at_once = True
+
     def __init__(self, handle: ctypes.CDLL) -> None:
         self.handle = handle
         self._layouts: dict[tuple[object, ...], _Layout] = {}
@@ -123,6 +126,9 @@ class CpuExecutor(Executor):
         self._pullback = handle.diffopt_pullback
         self._pullback.restype = ctypes.c_int64
         self._pullback.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+        self._many = handle.diffopt_many
+        self._many.restype = ctypes.c_int64
+        self._many.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_int64] * 3
 
     def refuses(self, data: Data, settings: Settings) -> str | None:
         """See `Executor`."""
@@ -221,6 +227,26 @@ class CpuExecutor(Executor):
             _in_shape_of(tensor, gradient) if wanted and gradient is not None and tensor is not None else None
             for gradient, tensor, wanted in zip(found, data.tensors(), needed, strict=True)
         )
+
+    def derivative(
+        self, data: Data, answer: Answer, vectors: tuple[Tensor | None, ...], forward: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """See `Executor`."""
+        saved: Saved = answer.saved
+        layout = saved.layout
+        like, count = next((v, len(v)) for v in vectors if v is not None)
+        shape, (n, p, m) = (count, *data.batch), layout.sizes
+        bounded = data.lower is not None or data.upper is not None
+        first, *rest = (like.new_empty((*shape, size)) for size in (n, p, m, *((n, n) if bounded else ())))
+        lower, upper = rest[2:] if bounded else (None, None)
+        incoming = [None if v is None else v.contiguous() for v in vectors]
+        packed = _GRADIENTS.pack(
+            *map(_pointer, (*incoming, None, first, None, rest[0], None, rest[1], lower, upper, None))
+        )
+        many = _MANY.pack(count, layout.count, 1, forward)
+        for begin, end in layout.slices:
+            self._checked(self._many(saved.call, packed, many, torch.get_num_threads(), begin, end))
+        return first, rest[0], rest[1], lower, upper
 
     def _layout(self, data: Data) -> _Layout:
         Q, q, A, b, G, h, lower, upper, batch = data
