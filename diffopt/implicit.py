@@ -447,9 +447,8 @@ def optimal_value(form: Form, point: kkt.Point, values: kkt.Point, status: Tenso
 
 
 def data_gradients(
-    form: QPForm, point: kkt.Point, status: Tensor, vectors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:  # fmt: skip
+    form: QPForm, point: kkt.Point, status: Tensor, vectors: kkt.Sides, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
     """Return the gradients for those tensors of a form (plain) that need one, from those of q, b, h, lower and upper.
 
     Args:
@@ -604,10 +603,11 @@ def _value(form: Form, point: kkt.Point, values: kkt.Point, safe: kkt.Point, fai
     )
     g = form.inequalities(x)
     total = form.objective(x) + (nu * form.equalities(x)).sum(-1)
-    total = total + torch.where(torch.isfinite(g), lam * g, 0.0).sum(-1)
+    # (What is infinite must not meet its multiplier, or the gradient of that is NaN.)
+    total = total + (lam * torch.where(torch.isfinite(g), g, 0.0)).sum(-1)
     for bound, dual, sign in ((form.lower, lower, -1), (form.upper, upper, 1)):
         if bound is not None:
-            total = total + sign * torch.where(torch.isfinite(bound), dual * (x - bound), 0.0).sum(-1)
+            total = total + sign * (dual * torch.where(torch.isfinite(bound), x - bound, 0.0)).sum(-1)
     change = _Gate.apply(_only_derivative(total).unsqueeze(-1), failed).squeeze(-1)
     return objective + change
 

@@ -193,6 +193,10 @@ class System(NamedTuple):
     active: Activity
 
 
+Sides = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""What belongs to q, b, h, lower and upper, or to x, nu, lam, lam_lower and lam_upper."""
+
+
 class Pullback(NamedTuple):
     """A solver's own first-order reverse pass, for weakly active rows left out (the rule ``"inactive"``), of the
     instances that it solved itself; the others (failed, or in `Solved.others`) pass zero.
@@ -206,7 +210,7 @@ class Pullback(NamedTuple):
     """
 
     run: Callable[[Point, tuple[Tensor | None, ...], tuple[bool, ...]], tuple[Tensor | None, ...]]
-    many: Callable[[tuple[Tensor | None, ...], bool], tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]] | None = None
+    many: Callable[[tuple[Tensor | None, ...], bool], Sides] | None = None
 
 
 class Solved(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit, infeasible, kkt, operators, relaxed, transformed, transforms
+from diffopt import implicit, infeasible, operators, relaxed, transformed, transforms
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
@@ -329,14 +329,14 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
 
     Is the innermost a vmap over the data, then the mapped dimension becomes a leading batch dimension, and the rest is
     an ordinary call, by the fastest way that there is. Otherwise a derivative is being taken: the problem is solved on
-    tensors unwrapped to the last, and the solution attached to the wrapped ones by its solver's own derivative if nobody
-    takes a derivative of that, else by its Newton step, which torch then transforms as it does any function.
+    tensors unwrapped to the last, and the solution attached to the wrapped ones: by its solver's own derivative where
+    nobody takes a derivative of that, else by its Newton step, which torch then transforms as it does any function.
     """
     tensors = form.tensors().values()
     if any(map(transforms.mapped_here, tensors)):
         return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure))
     rule, weak_tolerance = settings.kink_rule, settings.weak_tolerance_for(form.dtype)
-    known: kkt.Solved | None = None
+    known: Any = None
     layers = transforms.layers_of(tensors)
     if layers is not None:
         with transforms.outside():

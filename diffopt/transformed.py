@@ -92,8 +92,19 @@ class _Direct(transforms.OneLevel or object):
         for i, grad in zip(task.live, grads, strict=True):
             given[i] = grad  # type: ignore[call-overload]
         vectors = transforms.vectors_of(task.layers, given, task.plain.batch_shape, (1,) * 6)
-        found = _with_graph(task, ctx.saved_tensors, given, needed) if vectors is None else _pulled(task, vectors, needed)
-        return None, None, *found
+        if vectors is None:
+            return None, None, *_with_graph(task, transforms.alive(ctx.saved_tensors), given, needed)
+        found = _pulled(task, vectors, needed)
+        if not transforms.inside_still(task.layers):
+            return None, None, *found
+        # Inside the function of which this is the derivative (`torch.func.grad`), another can still be taken.
+        ready = [None if g is None else transforms.at_level(g, task.layers.level) for g in found]
+        if not torch.is_grad_enabled():
+            return None, None, *ready
+        again = _Again(task, tuple(i for i, grad in enumerate(given) if grad is not None), needed)
+        tensors = (*(given[i] for i in again.used), *ctx.saved_tensors)
+        attached = iter(transforms.apply_at_one_level(_Slope, again, [g for g in ready if g is not None], *tensors))
+        return None, None, *(None if g is None else next(attached) for g in ready)
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -108,6 +119,37 @@ class _Direct(transforms.OneLevel or object):
         return tuple(transforms.at_level(v, layers.level) for v in covered)
 
 
+class _Again(NamedTuple):
+    """What a derivative of a derivative needs: which outputs had a gradient, and which data need one."""
+
+    task: _Task
+    used: tuple[int, ...]
+    needed: tuple[bool, ...]
+
+    def first(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the first derivative, in operations that can be differentiated, from gradients and data."""
+        grads: list[Tensor | None] = [None] * 6
+        for i, grad in zip(self.used, tensors, strict=False):
+            grads[i] = grad
+        found = _with_graph(self.task, tensors[len(self.used) :], grads, self.needed)
+        return tuple(g for g in found if g is not None)
+
+
+class _Slope(transforms.OneLevel or object):
+    """The values of a first derivative, which is differentiated by its Newton step."""
+
+    @staticmethod
+    def forward(ctx: Any, again: _Again, outputs: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.again = again
+        ctx.save_for_backward(*tensors)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        tensors = transforms.alive(ctx.saved_tensors)
+        return None, None, *torch.func.vjp(ctx.again.first, *tensors)[1](grads)
+
+
 def _pulled(task: _Task, vectors: transforms.Vectors, needed: tuple[bool, ...]) -> list[Tensor | None]:
     """Return the gradients for those tensors of the form that need one."""
     form, plain, found = task.form, task.plain, task.found
@@ -120,8 +162,9 @@ def _pulled(task: _Task, vectors: transforms.Vectors, needed: tuple[bool, ...]) 
             return list(found.pullback.run(found.point, alone, needed))
         each = found.pullback.many(tuple(full), False)
         own = implicit.data_gradients(plain, found.point, found.status, each, needed)
-        tensors = list(zip(own, form.tensors().values(), form.core_dims(), strict=True))
-        ready = [None if g is None else implicit.summed(g, t.shape[: t.dim() - core], keep, core) for g, t, core in tensors]
+        leads = (t.shape[: t.dim() - core] for t, core in zip(form.tensors().values(), form.core_dims(), strict=True))
+        places = zip(own, leads, form.core_dims(), strict=True)
+        ready = [None if g is None else implicit.summed(g, lead, keep, core) for g, lead, core in places]
     return [
         None if g is None else vectors.covered(task.layers, g, t.shape)
         for g, t in zip(ready, form.tensors().values(), strict=True)

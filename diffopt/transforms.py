@@ -42,8 +42,8 @@ def wrapped(tensor: Tensor) -> bool:
 
 
 class Layers(NamedTuple):
-    """What surrounds a derivative of ``torch.func``, if it is the innermost transform, all others are vmaps, and nothing
-    further outside wants a derivative of what is inside the tensors.
+    """What surrounds a derivative of ``torch.func``, if it is the innermost transform, all others are vmaps, and
+    nothing further outside wants a derivative of what is inside the tensors.
 
     ``mapped``: the levels of the vmaps that map some of the tensors, outermost first; ``level``: that of the
     derivative; ``forward``: its mode.
@@ -137,7 +137,7 @@ class Vectors(NamedTuple):
 _NEEDED = (
     "get_interpreter_stack", "push_dynamic_layer_stack", "pop_dynamic_layer_stack", "_add_batch_dim", "_wrap_for_grad",
     "get_unwrapped", "maybe_get_bdim", "is_functionaltensor", "set_single_level_autograd_function_allowed",
-    "get_single_level_autograd_function_allowed",
+    "get_single_level_autograd_function_allowed", "unwrap_if_dead",
 )  # fmt: skip
 OneLevel: Any = getattr(torch.autograd.function, "_SingleLevelFunction", None)
 """An autograd function that sees wrapped tensors as they are, and takes no part in transforms by itself."""
@@ -146,23 +146,30 @@ direct = OneLevel is not None and all(hasattr(_functorch, name) for name in _NEE
 """Whether torch has what `layers_of` needs; if not, it finds nothing, and derivatives go by ways that need less."""
 
 
-@contextmanager
-def outside() -> Iterator[None]:
+class outside:  # noqa: N801 (a context, like torch.no_grad)
     """Work where no transform is, and no gradient is recorded: on plain tensors."""
-    layers = []
-    try:
+
+    def __enter__(self) -> None:
+        self.layers: list[Any] = []
+        self.recorded = torch.is_grad_enabled()
         while _functorch.peek_interpreter_stack() is not None:
-            layers.append(_functorch.pop_dynamic_layer_stack())
-        with torch.no_grad():
-            yield
-    finally:
-        while layers:
-            _functorch.push_dynamic_layer_stack(layers.pop())
+            self.layers.append(_functorch.pop_dynamic_layer_stack())
+        torch.set_grad_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        while self.layers:
+            _functorch.push_dynamic_layer_stack(self.layers.pop())
+        torch.set_grad_enabled(self.recorded)
 
 
 def at_level(tensor: Tensor, level: int) -> Tensor:
     """Return a tensor as the derivative at this level shows it."""
     return _functorch._wrap_for_grad(tensor, level)
+
+
+def alive(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return tensors without the wrapper of a derivative that is over."""
+    return tuple(_functorch.unwrap_if_dead(tensor) for tensor in tensors)
 
 
 def apply_at_one_level(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -204,6 +211,12 @@ def layers_of(tensors: Iterable[Tensor]) -> Layers | None:
     return Layers(tuple(sorted(mapped)), level, forward)
 
 
+def inside_still(layers: Layers) -> bool:
+    """Return whether the derivative of these layers is the innermost transform: its function runs still."""
+    kinds = _kinds()
+    return bool(kinds) and kinds[-1][1] == layers.level and kinds[-1][0] != _functorch.TransformType.Vmap
+
+
 def vectors_of(
     layers: Layers, vectors: Sequence[Tensor | None], batch: torch.Size, cores: Sequence[int]
 ) -> Vectors | None:
@@ -214,11 +227,9 @@ def vectors_of(
         cores: how many trailing dimensions of each belong to one instance.
     """
     kinds = _kinds()
-    if layers.forward:
+    if inside_still(layers):
         kinds.pop()
-    elif forward_mode():
-        return None
-    if any(key != _functorch.TransformType.Vmap for key, _ in kinds):
+    if forward_mode() != layers.forward or any(key != _functorch.TransformType.Vmap for key, _ in kinds):
         return None
     inside = [None if v is None else _Inside.of(v) for v in vectors]
     if any(v is not None and _wanted_outside(v.tensor) for v in inside):

@@ -16,11 +16,22 @@ ALLOWED = {
     "backends": GROUND | {"problems", "solvers", "kkt", "backends"},
     "transforms": GROUND | {"problems"},
     "implicit": GROUND | {"problems", "kkt", "transforms"},
+    "transformed": GROUND | {"problems", "kkt", "transforms", "implicit"},
     "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "implicit"},
     "infeasible": GROUND | {"problems", "kkt", "backends", "implicit"},
     "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
     "layer": GROUND
-    | {"problems", "solvers", "backends", "transforms", "implicit", "infeasible", "relaxed", "operators"},
+    | {
+        "problems",
+        "solvers",
+        "backends",
+        "transforms",
+        "implicit",
+        "transformed",
+        "infeasible",
+        "relaxed",
+        "operators",
+    },
     "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "layer", "check"},
 } | {name: GROUND for name in GROUND}
 

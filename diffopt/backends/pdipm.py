@@ -162,9 +162,7 @@ def _pullback(executor: Executor, data: Data, answer: Answer) -> kkt.Pullback:
         found = executor.pullback(data, full, incoming, tuple(here and next(wants) for here in present))
         return tuple(gradient for gradient, here in zip(found, present, strict=True) if here)
 
-    def many(
-        vectors: tuple[Tensor | None, ...], forward: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    def many(vectors: tuple[Tensor | None, ...], forward: bool) -> kkt.Sides:
         for_x, for_s, for_nu, for_lam, for_lower, for_upper = vectors
         return executor.derivative(data, empty, (for_x, for_s, for_lam, for_nu, for_lower, for_upper), forward)
 
