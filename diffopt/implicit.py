@@ -901,10 +901,8 @@ class _Stationary(torch.autograd.Function):
         return tangent
 
 
-class _Gate(torch.autograd.Function):
-    """The identity, but a failed instance turns an incoming derivative that is not zero into NaN."""
-
-    generate_vmap_rule = True
+class _ReverseGate(torch.autograd.Function):
+    """The identity, but a failed instance turns an incoming gradient that is not zero into NaN."""
 
     @staticmethod
     def forward(v: Tensor, failed: Tensor) -> Tensor:
@@ -913,12 +911,22 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (failed,) = ctx.saved_tensors
         return _gated(grad, failed), None
+
+
+class _Gate(_ReverseGate):
+    """The same in every mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -934,7 +942,8 @@ def moved_like(value: Tensor, other: Tensor) -> Tensor:
 
 def gate(v: Tensor, failed: Tensor) -> Tensor:
     """Return v ``(*batch, k)``, whose derivative in instances marked ``failed`` is NaN unless it is not asked for."""
-    return _Gate.apply(v, failed)
+    # (torch.compile takes no function that has a forward mode.)
+    return (_ReverseGate if torch.compiler.is_compiling() else _Gate).apply(v, failed)
 
 
 def _gated(v: Tensor, failed: Tensor) -> Tensor:

@@ -250,8 +250,11 @@ def _solve_form(
 
         solution = infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype))
         reported = False
-    if not reported:
-        _report(solution, on_failure)
+    if reported:
+        return solution
+    if torch.compiler.is_compiling():
+        return operators.reported(solution, on_failure)
+    _report(solution, on_failure)
     return solution
 
 
@@ -260,11 +263,6 @@ def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy) 
         raise SettingsError(
             "`relaxation` and on_infeasible='closest' do not go together: the closest problem has no interior, "
             "and so no central path. Use on_infeasible='elastic', or leave `relaxation` out."
-        )
-    if torch.compiler.is_compiling() or any(map(transforms.mapped_here, form.tensors().values())):
-        raise NotDifferentiableError(
-            "`on_infeasible` looks at values, so it does not go inside torch.compile or torch.func.vmap over the data. "
-            "Call it outside, with the batch as leading dimensions."
         )
 
 
@@ -396,16 +394,17 @@ def _unmapped(form: Form, solve: Callable[[Form], Solution]) -> Solution:
 
 def _report(solution: Solution, on_failure: OnFailure) -> None:
     """Warn of almost solved instances, and raise for failed ones if so asked."""
-    if bool((solution.status == Status.SOLVED).all()):
+    status = transforms.plain(solution.status)
+    if bool((status == Status.SOLVED).all()):
         return
-    almost = (solution.status == Status.ALMOST_SOLVED).nonzero().tolist()
-    failed = (~solution.ok).nonzero().tolist()
+    almost = (status == Status.ALMOST_SOLVED).nonzero().tolist()
+    failed = ((status != Status.SOLVED) & (status != Status.ALMOST_SOLVED)).nonzero().tolist()
     if failed and on_failure == "raise":
-        raise SolveFailed(_failure_message(solution, failed), solution)
+        raise SolveFailed(_failure_message(solution.backend, status, failed), solution)
     if almost:
-        worst = solution.residuals.worst()[solution.status == Status.ALMOST_SOLVED].max()
+        worst = transforms.plain(solution.residuals.worst())[status == Status.ALMOST_SOLVED].max()
         warnings.warn(
-            f"{len(almost)} of {solution.status.numel()} instances are only almost solved (worst relative residual "
+            f"{len(almost)} of {status.numel()} instances are only almost solved (worst relative residual "
             f"{float(worst):.1e}; first at batch index {_index(almost[0])}). Loosen `Settings.tolerance` to accept "
             f"them, or use a backend of higher accuracy.",
             InaccurateSolutionWarning,
@@ -416,11 +415,11 @@ def _report(solution: Solution, on_failure: OnFailure) -> None:
 operators.report = _report
 
 
-def _failure_message(solution: Solution, failed: list[list[int]]) -> str:
-    lines = [f"{len(failed)} of {solution.status.numel()} instances were not solved by {solution.backend!r}:"]
+def _failure_message(backend: str, statuses: Tensor, failed: list[list[int]]) -> str:
+    lines = [f"{len(failed)} of {statuses.numel()} instances were not solved by {backend!r}:"]
     seen: list[Status] = []
     for index in failed[:MOST_NAMED]:
-        status = Status(int(solution.status[tuple(index)]))
+        status = Status(int(statuses[tuple(index)]))
         seen.append(status)
         lines.append(f"  batch index {_index(index)}: {status.name}")
     if len(failed) > MOST_NAMED:

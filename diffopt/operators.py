@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
@@ -291,6 +292,39 @@ def _value_backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None], li
 value.register_autograd(_value_backward, setup_context=_keep_for_value)
 
 
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("diffopt::checked", mutates_args=())
+def checked(
+    x: Tensor, s: Tensor, nu: Tensor, lam: Tensor, lower: Tensor, upper: Tensor, status: Tensor, residuals: Tensor,
+    counts: Tensor, backend: str, on_failure: str,
+) -> Six:  # fmt: skip
+    """Return a point, having raised or warned for what was not solved."""
+    assert report is not None
+    policy: Any = on_failure
+    point = (x, s, nu, lam, lower, upper)
+    plain = [v.detach() for v in (x, s, lam, nu, lower, upper)]
+    with transforms.plain_inside_an_operator():
+        report(Solution(*plain, status, Report(residuals, counts), None, backend, "auto", x.sum), policy)
+    return tuple(v.clone() for v in point)  # type: ignore[return-value]
+
+
+@checked.register_fake
+def _(
+    x: Tensor, s: Tensor, nu: Tensor, lam: Tensor, lower: Tensor, upper: Tensor, status: Tensor, residuals: Tensor,
+    counts: Tensor, backend: str, on_failure: str,
+) -> Six:  # fmt: skip
+    return tuple(torch.empty_like(v) for v in (x, s, nu, lam, lower, upper))  # type: ignore[return-value]
+
+
+def _unchanged(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    return *grads, None, None, None, None, None
+
+
+checked.register_autograd(_unchanged)
+
+
 # ------------------------------------------------------------------ shapes
 
 
@@ -324,6 +358,17 @@ INSIDE = (
     "mode nor the transforms of torch.func. Call those (jvp, jacrev, hessian, vmap, a dual level) on the model without "
     "torch.compile. A batch needs no vmap: batch dimensions lead in every call."
 )
+
+
+def reported(solution: Solution, on_failure: OnFailure) -> Solution:
+    """Return a solution that was put together from others, having raised or warned when the graph runs."""
+    s, (residuals, counts) = solution, solution.report
+    x, slack, nu, lam, lower, upper = checked(
+        s.x, s.s, s.nu, s.lam, s.lam_lower, s.lam_upper, s.status, residuals, counts, s.backend, on_failure
+    )
+    return replace(
+        s, x=x, s=slack, nu=nu, lam=lam, lam_lower=lower, lam_upper=upper, _value=lambda: solution.value
+    )
 
 
 def solution(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:

@@ -134,6 +134,15 @@ class Vectors(NamedTuple):
         return tensor
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Return what is inside a tensor, mapped dimensions first, outermost vmap first."""
+    if not active():
+        return tensor.detach()
+    found = _Inside.of(tensor)
+    with outside():
+        return found.with_first(sorted(level for level, _ in found.dims)).detach()
+
+
 _NEEDED = (
     "get_interpreter_stack", "push_dynamic_layer_stack", "pop_dynamic_layer_stack", "_add_batch_dim", "_wrap_for_grad",
     "get_unwrapped", "maybe_get_bdim", "is_functionaltensor", "set_single_level_autograd_function_allowed",
