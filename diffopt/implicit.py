@@ -263,8 +263,8 @@ def value_gradients(
     To the first go the partial derivatives of the Lagrangian. To the second goes zero, of which the derivative is none.
     """
     with torch.enable_grad():
-        form = form.with_tensors(_aliases(form.tensors()))
-        point = kkt.Point(*_aliases(point._asdict()).values())
+        form = form.with_tensors(aliases(form.tensors()))
+        point = kkt.Point(*aliases(point._asdict()).values())
         failed = _failed(status)
         plain = kkt.Point(*(v.detach() for v in point))
         total = _value(form, point, plain, _safe(plain, failed), failed, attached=True)
@@ -414,7 +414,7 @@ def _differentiated(
     with torch.enable_grad():
         if prepared is None:
             prepared = prepare(form.detach(), found, task.kink_rule, task.weak_tolerance)
-        form = form.with_tensors(_aliases(form.tensors()))
+        form = form.with_tensors(aliases(form.tensors()))
         again = attach(form, prepared)
         outputs = (again.x, again.s, again.nu, again.lam, again.lam_lower, again.lam_upper)
         used = [(v, g) for v, g in zip(outputs, grads, strict=True) if g is not None and v.requires_grad]
@@ -425,7 +425,7 @@ def _differentiated(
         )  # fmt: skip
 
 
-def _aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors under names of their own for autograd: one that was computed from another is not to collect
     its part twice."""
     return {name: tensor.view_as(tensor) for name, tensor in tensors.items()}

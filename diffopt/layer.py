@@ -272,9 +272,7 @@ def _attached(form: Form, backend: str | Backend, settings: Settings, on_failure
         return _exactly(form, backend, settings, on_failure)
     relaxed.check(form)
     if torch.compiler.is_compiling():
-        raise NotDifferentiableError(
-            "Settings(relaxation=...) does not go inside torch.compile or torch.export yet. Call the layer outside."
-        )
+        return _exactly(form, backend, settings, on_failure)  # (the operators know of it)
     if any(map(transforms.mapped_here, form.tensors().values())):
         return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure)), True
     solution, reported = _exactly(form, backend, settings, on_failure)
@@ -300,26 +298,21 @@ def _exactly(form: Form, backend: str | Backend, settings: Settings, on_failure:
     return solution, found.solved
 
 
-def _plainly(form: Form, work: Callable[[Form], Any]) -> Any:
+def _plainly(form: Form, work: Callable[[Form], relaxed.Found]) -> relaxed.Found:
     """Call a function with the form over plain tensors, also inside the transforms of ``torch.func``."""
     if not transforms.active():
         with torch.no_grad():
             return work(form.detach())
-    done: list[Any] = []
+    done: list[relaxed.Found] = []
 
     def run(inner: Form) -> tuple[Tensor, ...]:
-        if inner.batch_shape != form.batch_shape:
-            raise NotDifferentiableError(
-                "Settings(relaxation=...) does not go inside a derivative inside torch.func.vmap over the data. Pass "
-                "the batch as leading dimensions instead."
-            )
-        plain = inner.detach()
-        done.append(work(plain))
-        return (next(iter(plain.tensors().values())).new_zeros(()),)
+        done.append(work(inner.detach()))
+        return (*implicit.flatten(done[0].prepared), done[0].residual, done[0].failed)
 
-    call = transforms.Call(form, run, second=0, all_layers=True)
-    transforms.Unwrapped.apply(call, *(tensor.detach() for tensor in form.tensors().values()))
-    return done[0]
+    call = transforms.Call(form, run, implicit.BATCH_SECOND, all_layers=True)
+    tensors = (tensor.detach() for tensor in form.tensors().values())
+    *prepared, residual, failed = transforms.Unwrapped.apply(call, *tensors)
+    return relaxed.Found(implicit.unflatten(done[0].prepared, tuple(prepared)), residual, failed)
 
 
 def _transformed(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:

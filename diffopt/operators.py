@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffopt import implicit, kkt, living, transforms
+from diffopt import implicit, kkt, living, relaxed, transforms
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose
 from diffopt.errors import BackendError, NotDifferentiableError
@@ -118,17 +118,20 @@ def read(text: str) -> Spec:
 # ------------------------------------------------------------------ what a solve leaves behind
 
 
+Reverse = implicit.Reverse | relaxed.Reverse
+
+
 class _Memory(np.ndarray):
     """One number, and what it stands for. A tensor over it keeps it alive."""
 
-    reverse: implicit.Reverse
+    reverse: Reverse
 
 
 _numbers = itertools.count(1)
 _left: WeakValueDictionary[int, _Memory] = WeakValueDictionary()
 
 
-def _leave(reverse: implicit.Reverse | None) -> Tensor:
+def _leave(reverse: Reverse | None) -> Tensor:
     memory = np.zeros(1, dtype=np.int64).view(_Memory)
     if reverse is not None:
         memory[0] = next(_numbers)
@@ -142,12 +145,17 @@ def _leave(reverse: implicit.Reverse | None) -> Tensor:
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _solved(data: Sequence[Tensor], spec: Spec, keep: bool) -> tuple[kkt.Solved, Tensor, implicit.Reverse | None]:
+def _solved(data: Sequence[Tensor], spec: Spec, keep: bool) -> tuple[kkt.Solved, Tensor, Reverse | None]:
     settings = spec.settings
     with transforms.plain_inside_an_operator():
         form = spec.form([tensor.detach() for tensor in data])
         found = spec.chosen(form).solve(form, settings, keep)
-        counts, reverse = implicit.apart(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype), keep)
+        rule, weak_tolerance = settings.kink_rule, settings.weak_tolerance_for(form.dtype)
+        if settings.relaxation is None or not keep:
+            return found, *implicit.apart(form, found, rule, weak_tolerance, keep)
+        counts, _ = implicit.apart(form, found, rule, weak_tolerance, keep=False)
+        exact = implicit.attach_solved(form, found, rule, weak_tolerance)
+        reverse = relaxed.reverse(form, exact, settings, lambda near: spec.chosen(near).solve(near, settings))
     return found, counts, reverse
 
 
@@ -280,6 +288,11 @@ def _value_backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None], li
     data, (*point, status) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     needed = [tensor.requires_grad for tensor in data]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if read(ctx.spec).settings.relaxation is not None:
+            raise NotDifferentiableError(
+                "Inside torch.compile, the value of a problem with relaxed gradients has no second derivative: that "
+                "goes through the exact point. Read it outside."
+            )
         # The second derivative goes through the point as well.
         form = read(ctx.spec).form(data)
         first, second = implicit.value_gradients(form, kkt.Point(*point), status, gradient, create_graph=True)
@@ -366,9 +379,7 @@ def reported(solution: Solution, on_failure: OnFailure) -> Solution:
     x, slack, nu, lam, lower, upper = checked(
         s.x, s.s, s.nu, s.lam, s.lam_lower, s.lam_upper, s.status, residuals, counts, s.backend, on_failure
     )
-    return replace(
-        s, x=x, s=slack, nu=nu, lam=lam, lam_lower=lower, lam_upper=upper, _value=lambda: solution.value
-    )
+    return replace(s, x=x, s=slack, nu=nu, lam=lam, lam_lower=lower, lam_upper=upper, _value=lambda: solution.value)
 
 
 def solution(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
@@ -389,5 +400,6 @@ def solution(form: Form, backend: str | Backend, settings: Settings, on_failure:
         certificate=None,
         backend=backend if isinstance(backend, str) else backend.name,
         executor=settings.executor,
+        gradient="exact" if settings.relaxation is None else relaxed.label(settings),
         _value=lambda: value(data, [x, s, nu, lam, lower, upper], status, spec),
     )  # fmt: skip

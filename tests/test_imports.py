@@ -17,9 +17,9 @@ ALLOWED = {
     "transforms": GROUND | {"problems"},
     "implicit": GROUND | {"problems", "kkt", "transforms"},
     "transformed": GROUND | {"problems", "kkt", "transforms", "implicit"},
-    "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "implicit"},
-    "infeasible": GROUND | {"problems", "kkt", "backends", "implicit"},
-    "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
+    "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
+    "infeasible": GROUND | {"problems", "kkt", "backends", "transforms", "implicit"},
+    "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit", "relaxed"},
     "layer": GROUND
     | {
         "problems",
