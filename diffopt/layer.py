@@ -15,7 +15,6 @@ from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
     InaccurateSolutionWarning,
-    NotDifferentiableError,
     ParameterError,
     SettingsError,
     SolveFailed,

@@ -338,6 +338,50 @@ def _unchanged(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 checked.register_autograd(_unchanged)
 
 
+# ------------------------------------------------------------------ under vmap
+
+
+def _first(tensor: Tensor, dim: int | None, core: int, batch: int, size: int) -> Tensor:
+    """Return a tensor with its mapped dimension first, and after it as many batch dimensions as any has."""
+    if dim is None:
+        return tensor
+    tensor = tensor.movedim(dim, 0)
+    lead = tensor.dim() - 1 - core
+    return tensor.reshape(size, *[1] * (batch - lead), *tensor.shape[1:])
+
+
+def _data_first(info: Any, dims: Sequence[int | None], data: Sequence[Tensor], spec: str) -> list[Tensor]:
+    cores = _cores(read(spec))
+    leads = [v.dim() - core - (dim is not None) for v, core, dim in zip(data, cores, dims, strict=True)]
+    found = zip(data, dims, cores, strict=True)
+    return [_first(v, dim, core, max(leads), info.batch_size) for v, dim, core in found]
+
+
+@solve.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], data: Sequence[Tensor], spec: str) -> tuple[Ten, tuple[Any, ...]]:
+    return solve(_data_first(info, in_dims[0], data, spec), spec), (*(0,) * 9, None)
+
+
+def _point_first(info: Any, tensor: Tensor, dim: int | None) -> Tensor:
+    return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+@value.register_vmap
+def _(
+    info: Any, in_dims: tuple[Any, ...], data: Sequence[Tensor], point: Sequence[Tensor], status: Tensor, spec: str
+) -> tuple[Tensor, int]:
+    moved = [_point_first(info, v, dim) for v, dim in zip(point, in_dims[1], strict=True)]
+    return value(_data_first(info, in_dims[0], data, spec), moved, _point_first(info, status, in_dims[2]), spec), 0
+
+
+@checked.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Six, tuple[int, ...]]:
+    moved = [_point_first(info, v, dim) for v, dim in zip(inputs[:7], in_dims, strict=False)]
+    # (What is counted for each instance lies behind the kinds of it.)
+    rest = (_point_first(info, v, dim).movedim(0, 1) for v, dim in zip(inputs[7:9], in_dims[7:9], strict=True))
+    return checked(*moved, *rest, *inputs[9:]), (0,) * 6
+
+
 # ------------------------------------------------------------------ shapes
 
 
@@ -367,9 +411,9 @@ def _sizes(data: Sequence[Tensor], spec: Spec) -> tuple[int, int, int]:
 
 
 INSIDE = (
-    "Inside torch.compile, a solve can be differentiated by backward() alone: torch gives operators neither forward "
-    "mode nor the transforms of torch.func. Call those (jvp, jacrev, hessian, vmap, a dual level) on the model without "
-    "torch.compile. A batch needs no vmap: batch dimensions lead in every call."
+    "Inside torch.compile, a solve can be mapped by vmap, and differentiated by backward() alone: torch gives operators "
+    "neither forward mode nor the derivatives of torch.func. Call those (grad, jvp, jacrev, hessian, a dual level) on "
+    "the model without torch.compile."
 )
 
 
@@ -388,10 +432,12 @@ def solution(form: Form, backend: str | Backend, settings: Settings, on_failure:
     Which backend and executor it was is only known when the graph runs: the names are those that were asked for, and a
     certificate is not returned.
     """
-    if transforms.active() or transforms.forward_mode():
+    inside = transforms.active()
+    if transforms.forward_mode() or (inside and not transforms.vmaps_alone()):
         raise NotDifferentiableError(INSIDE)
     data = list(form.tensors().values())
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in data)
+    # (A mapped tensor does not show whether it needs a gradient.)
+    keep = torch.is_grad_enabled() and (inside or any(tensor.requires_grad for tensor in data))
     spec = written(form, keep, backend, settings, on_failure)
     x, s, nu, lam, lower, upper, status, residuals, counts, _ = solve(data, spec)
     return Solution(

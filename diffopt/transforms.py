@@ -195,6 +195,12 @@ def _kinds() -> list[tuple[Any, int]]:
     return [(layer.key(), layer.level()) for layer in _functorch.get_interpreter_stack() or ()]
 
 
+@torch.compiler.assume_constant_result
+def vmaps_alone() -> bool:
+    """Return whether all transforms that are at work are vmaps; while a graph is traced, too."""
+    return all(key == _functorch.TransformType.Vmap for key, _ in _kinds())
+
+
 def _wanted_outside(tensor: Tensor) -> bool:
     return tensor.requires_grad or _functorch.is_legacy_batchedtensor(tensor) or _functorch.is_functionaltensor(tensor)
 
