@@ -918,8 +918,10 @@ class _Stationary(torch.autograd.Function):
         return tangent
 
 
-class _ReverseGate(torch.autograd.Function):
-    """The identity, but a failed instance turns an incoming gradient that is not zero into NaN."""
+class _Gate(torch.autograd.Function):
+    """The identity, but a failed instance turns an incoming derivative that is not zero into NaN."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(v: Tensor, failed: Tensor) -> Tensor:
@@ -928,28 +930,40 @@ class _ReverseGate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (failed,) = ctx.saved_tensors
         return _gated(grad, failed), None
 
-
-class _Gate(_ReverseGate):
-    """The same in every mode."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (failed,) = ctx.saved_tensors
         with transforms.seen_by_other_forward_modes():
             return _gated(tangent, failed)
+
+
+@torch.library.custom_op("diffopt::gate", mutates_args=())
+def _compiled_gate(v: Tensor, failed: Tensor) -> Tensor:
+    """Return v; in reverse mode the same as `_Gate`. (``torch.compile`` takes no function that has a forward mode.)"""
+    return v.clone()
+
+
+_compiled_gate.register_fake(lambda v, failed: torch.empty_like(v))
+_compiled_gate.register_autograd(
+    lambda ctx, grad: (_gated(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+)
+
+
+@_compiled_gate.register_vmap
+def _(info: Any, in_dims: tuple[int | None, int | None], v: Tensor, failed: Tensor) -> tuple[Tensor, int]:
+    first = [
+        t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip((v, failed), in_dims, strict=True)
+    ]
+    return _compiled_gate(*first), 0
 
 
 def moved_like(value: Tensor, other: Tensor) -> Tensor:
@@ -959,8 +973,7 @@ def moved_like(value: Tensor, other: Tensor) -> Tensor:
 
 def gate(v: Tensor, failed: Tensor) -> Tensor:
     """Return v ``(*batch, k)``, whose derivative in instances marked ``failed`` is NaN unless it is not asked for."""
-    # (torch.compile takes no function that has a forward mode.)
-    return (_ReverseGate if torch.compiler.is_compiling() else _Gate).apply(v, failed)
+    return _compiled_gate(v, failed) if torch.compiler.is_compiling() else _Gate.apply(v, failed)
 
 
 def _gated(v: Tensor, failed: Tensor) -> Tensor:

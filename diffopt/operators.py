@@ -86,6 +86,12 @@ def _living(number: str, kind: type[Found], what: str, remedy: str) -> Found:
     return found
 
 
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    # (Asked while tracing, and not of the tracer: that of torch 2.11 always says yes.)
+    return torch.compiler.is_exporting()
+
+
 def written(form: Form, keep: bool, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> str:
     """Write a `Spec` as a string, in operations that ``torch.compile`` follows."""
     p, m = 0, 0
@@ -98,7 +104,7 @@ def written(form: Form, keep: bool, backend: str | Backend, settings: Settings, 
     else:
         assert isinstance(form, NonlinearForm)
         kind, p, m = f"#{id(form.problem)}", form.p, form.m
-        if torch.compiler.is_exporting():
+        if _exporting():
             raise NotDifferentiableError(
                 "torch.export cannot write down a problem given by its functions: the solver calls them. Expected a "
                 "quadratic program (a subclass of diffopt.QuadraticProgram). torch.compile takes both."
