@@ -47,7 +47,7 @@ struct PullbackWork {
 };
 
 // Bytes of gradients of matrices above which they are written around the caches.
-constexpr double TOO_LARGE_FOR_CACHES = 4e6;
+constexpr double TOO_LARGE_FOR_CACHES = 8e6;
 
 // target (rows x n) = a_i u' - b_i v'
 template <class T>
@@ -181,6 +181,8 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
     const Index n = g.n, p = g.p, m = g.m;
     Saved saved(g.batch, g.answer, g.i);
     saved.open();
+    // (All of the record at once: the solves ask for one row after the other.)
+    fetch_soon(saved.head, saved.end() - saved.head);
     work.fit(n);
     double *rx = work.x.data(), *ry = work.y.data(), *inv = work.inv.data();
     std::memset(rx, 0, work.x.size() * sizeof(double));

@@ -53,6 +53,7 @@ struct Saved {
         M = {V + n * ld, ld};
     }
     double cost() const { return head[1]; }
+    const double* end() const { return M.base + PackedRows::size(count, ld); }
 };
 
 // Writes the first `size` rows of an upper factor.

@@ -131,6 +131,15 @@ INLINE void stream(double* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 INLINE void stream_end() {}
 #endif
 
+// Asks for `count` numbers at p to be brought into the caches.
+INLINE void fetch_soon(const double* p, Index count) {
+#if defined(__GNUC__)
+    for (Index i = 0; i < count; i += 8) __builtin_prefetch(p + i);
+#else
+    (void)p, (void)count;
+#endif
+}
+
 // 2 to the power nearest to log2(x), for x > 0: a significand of sqrt(2) or more counts up.
 INLINE Vec power_of_two(Vec x) {
     constexpr int64_t exponent = 0x7ff0000000000000LL, to_next = 0x10000000000000LL - 0x6a09e667f3bcdLL;
