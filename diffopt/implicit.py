@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import kkt, transforms
-from diffopt.errors import ChangedDataError
+from diffopt.errors import ADJOINT, ChangedDataError, warn_of_gradients
 from diffopt.linalg.central import central_ratio
 from diffopt.linalg.matrices import Dense, SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
@@ -80,6 +80,13 @@ def prepare(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
     iterations = found.iterations if found.counts is None else found.counts[0]
     assert iterations is not None
     counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
+    if kink_rule == "nan":
+        # What has no derivative is treated as what has no solution, but for its values.
+        adjoint = system.adjoint()
+        failed = failed | (counts[1:] > 0).any(0) | (adjoint > ADJOINT)
+        safe = _safe(found.point, failed)
+        system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
+        system.residual = adjoint
     ratios = (ratio.to(form.dtype) for ratio in (system.ratio_row, system.ratio_bound))
     return Prepared(found, safe, system, counts, Rule(failed, system.active, system.equation_row, *ratios))
 
@@ -138,6 +145,7 @@ def attach(form: Form, prepared: Prepared, transformed: bool = False) -> Solutio
         executor=found.executor,
         _value=_unless_changed(form, point, value),
         _hessian=form.Q if isinstance(form, QPForm) else None,
+        _adjoint=None if transformed else prepared.system.adjoint,
     )
 
 
@@ -173,6 +181,10 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
             plain = kkt.Point(*(v.detach() for v in values))
             return _value(form, point, plain, _safe(plain, failed), failed, attached)
 
+    def adjoint() -> Tensor:
+        plain = found._replace(point=kkt.Point(*(v.detach() for v in values)))
+        return prepare(form.detach(), plain, kink_rule, weak_tolerance).system.adjoint()
+
     return Solution(
         *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
         status=found.status,
@@ -182,6 +194,7 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
         executor=found.executor,
         _value=_unless_changed(form, point, value),
         _hessian=form.Q if isinstance(form, QPForm) else None,
+        _adjoint=adjoint,
     )
 
 
@@ -714,7 +727,7 @@ class _KKT:
         self.weak_row = active.weak_row
         none_row, none_bound = torch.zeros_like(active.row), torch.zeros_like(active.lower)
         strict = active
-        joins = weak_any and kink_rule != "inactive"
+        joins = weak_any and kink_rule not in ("inactive", "nan")
         if joins:
             active = active._replace(
                 row=active.row | active.weak_row,
@@ -732,6 +745,7 @@ class _KKT:
         if joins and kink_rule == "central":
             self._use_central(strict)
         self._factor: Factor | None = None
+        self.residual: Tensor | None = None  # what `adjoint` returns, once known
 
     def _use_central(self, strict: kkt.Activity) -> None:
         d, _, rows, cost = self.scaling
@@ -768,6 +782,22 @@ class _KKT:
         """Return the number of dependent active rows of each instance."""
         return self.factor().dependent().expand(self.failed.shape)
 
+    def adjoint(self) -> Tensor:
+        """Return the relative residual, ``(*batch,)``, of K u = r, refined, for a fixed r in x: see `Solution.adjoint`.
+
+        (The probe has a part along any direction; where K is singular along one, the residual keeps that part.)
+        """
+        if self.residual is not None:
+            return self.residual
+        saddle, shape = self.saddle(), self.failed.shape
+        probe = torch.cos(1 + torch.arange(saddle.Q.n, dtype=torch.float64, device=self.failed.device).square())
+        sizes = (saddle.A.shape[-2], saddle.G.shape[-2], self.active.lower.shape[-1])
+        r = Blocks(probe.expand(*shape, -1), *(probe.new_zeros(*shape, size) for size in sizes))
+        factor = self.factor()
+        error = torch.where(factor.failed, torch.inf, factor.solve_accurately(r)[1])
+        self.residual = torch.where(self.failed, torch.nan, error.expand(shape))
+        return self.residual
+
     def solve(self, r: Blocks, transpose: bool) -> Blocks:
         """Return K^-1 r (or K'^-1 r): zero where r is zero, NaN where a failed instance has r != 0."""
         asked = torch.stack([(v != 0).any(-1) for v in r if v.shape[-1]]).any(0)
@@ -782,7 +812,11 @@ class _KKT:
             u = self._solve_dense(clean, transpose)
         else:
             scaled = kkt.to_scaled(clean, self.scaling)
-            u = kkt.to_original(solve_minimum_norm(self.factor(), scaled)[0], self.scaling)
+            found, residual = solve_minimum_norm(self.factor(), scaled)
+            poor = int(((residual > ADJOINT) & ~self.failed).sum())
+            if poor:
+                warn_of_gradients(poor, residual.numel())
+            u = kkt.to_original(found, self.scaling)
         spoiled = ((self.failed & asked) | poisoned).unsqueeze(-1)
         return Blocks(*(torch.where(spoiled, torch.nan, v).to(self.dtype) for v in u))
 

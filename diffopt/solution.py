@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from diffopt.errors import ADJOINT
 from diffopt.precision import full_precision, lowered
 
 
@@ -119,6 +120,11 @@ class Solution:
         gradient: what the derivatives are: ``"exact"``, or how they were relaxed (`Settings.relaxation`).
         gradient_residual: ``(*batch,)``, worst relative residual of the relaxed problem whose derivative is
             taken; above 1e-6 that problem was not solved, and the gradient is NaN. ``None`` for exact gradients.
+        adjoint: ``(*batch,)``, computed on access: relative residual of the linear system behind the derivatives of x,
+            refined, for a fixed right-hand side. Above 1e-6 x is not unique, or nearly so: it has no derivative, and
+            what is returned is the shortest least-squares solution (NaN under ``kink_rule="nan"``). NaN where there
+            is no solution, and where the system is not at hand (after a pytree, a file or a transform).
+        unique: ``(*batch,)`` bool, computed on access: x is known to be the only solution. Else it is some solution.
         smallest_eigenvalue: ``(*batch,)``, of Q, computed on access from the data as it is then: below zero, beyond
             rounding, where a quadratic program is not convex. NaN where Q is not finite, or not at hand (after a
             pytree, a file or a transform; for problems given by their functions).
@@ -143,6 +149,7 @@ class Solution:
     gradient: str = "exact"
     gradient_residual: Tensor | None = None
     _hessian: Any = field(default=None, repr=False)
+    _adjoint: Tensor | Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @property
     def value(self) -> Tensor:
@@ -154,7 +161,22 @@ class Solution:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what travels to a file or another process: the value itself, not what would compute it."""
-        return vars(self) | {"_value": self.value, "_hessian": None}
+        return vars(self) | {"_value": self.value, "_hessian": None, "_adjoint": None}
+
+    @property
+    def adjoint(self) -> Tensor:
+        """``(*batch,)``; see the class."""
+        if self._adjoint is None:
+            return torch.full_like(self.residuals.gap, torch.nan)
+        if callable(self._adjoint):
+            with torch.no_grad(), full_precision() if lowered() else nullcontext():
+                object.__setattr__(self, "_adjoint", self._adjoint())
+        return self._adjoint  # type: ignore[return-value]
+
+    @property
+    def unique(self) -> Tensor:
+        """``(*batch,)``; see the class."""
+        return self.ok & (self.adjoint <= ADJOINT)
 
     @property
     def smallest_eigenvalue(self) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffopt.errors import BackendError
+from diffopt.errors import BackendError, warn_of_gradients
 from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank
 from diffopt.solution import ALMOST, Certificate, Status
 from diffopt.solvers import library
@@ -201,8 +201,11 @@ class CpuExecutor(Executor):
         dA = _new_gradient(like, *batch, p, n) if A_needed and not A_shared else None
         dG = _new_gradient(like, *batch, m, n) if G_needed and not G_shared else None
         packed = _GRADIENTS.pack(*map(_pointer, (*incoming, dQ, dq, dA, db, dG, dh, dlower, dupper, dF)))
+        poor = 0
         for begin, end in layout.slices:
-            self._checked(self._pullback(saved.call, packed, torch.get_num_threads(), begin, end))
+            poor += self._checked(self._pullback(saved.call, packed, torch.get_num_threads(), begin, end))
+        if poor:
+            warn_of_gradients(poor, layout.count)
         if (Q_needed and Q_shared and dense) or (A_needed and A_shared) or (G_needed and G_shared):
             # A shared matrix collects the outer products of all instances: one matrix product. (The gradients of an
             # instance that failed are zero, or NaN if they were asked for: NaN in the product, then.)

@@ -9,9 +9,9 @@ import torch
 
 from diffopt.errors import SettingsError
 
-KinkRule = Literal["inactive", "active", "central", "minimum_norm"]
+KinkRule = Literal["inactive", "active", "central", "minimum_norm", "nan"]
 RelaxationMode = Literal["central_path", "ridge"]
-KINK_RULES: tuple[str, ...] = ("inactive", "active", "central", "minimum_norm")
+KINK_RULES: tuple[str, ...] = ("inactive", "active", "central", "minimum_norm", "nan")
 
 
 @dataclass(frozen=True, init=False)
@@ -26,7 +26,8 @@ class Settings:
         kink_rule: which derivative is returned where a constraint holds with equality and has no
             multiplier ("weakly active"): ``"inactive"`` (default) leaves such rows out, ``"active"``
             holds them with equality, ``"central"`` is the limit along the central path,
-            ``"minimum_norm"`` the shortest solution when these rows are left undecided.
+            ``"minimum_norm"`` the shortest solution when these rows are left undecided. ``"nan"`` gives NaN to every
+            instance that has such constraints, or active ones that depend on each other, or an x that is not unique.
         weak_tolerance: a row is weakly active when its slack and its multiplier are both below this,
             in the units of the equilibrated problem (about 1 for ordinary data). Default ``None``:
             1e-7 in float64, 1e-3 in float32. Larger counts more rows.

@@ -284,8 +284,8 @@ template <class P, class T> void pull_group(const Call& call, const Places& plac
 }  // namespace
 }  // namespace diffopt
 
-// Writes the gradients of instances [begin, end), which must have been solved by one call; returns 0, or -1 if memory
-// ran out.
+// Writes the gradients of instances [begin, end), which must have been solved by one call; returns how many of them are not
+// to be relied on, or -1 if memory ran out.
 DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradients, int64_t threads, int64_t begin,
                                      int64_t end) {
     const Batch& batch = call->batch;
@@ -304,10 +304,12 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
     const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each)) * group;
     const Index chunks = (end - begin + per_chunk - 1) / per_chunk;
     if (each * static_cast<double>((end - begin) / group) < WORTH_WAKING) threads = 1;
+    std::atomic<int64_t> poor{0};
     std::atomic<bool> failed{false};
     Pool::run(chunks, threads, [&](int64_t chunk) {
         try {
             static thread_local PullbackWork work;
+            work.poor = 0;
             const Index last = std::min<Index>(end, begin + (chunk + 1) * per_chunk);
             for (Index i = begin + chunk * per_chunk; i < last;) {
                 const bool lanes = places.grouped(i);
@@ -318,9 +320,10 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
                 else pull_group<Alone, double>(*call, places, *gradients, i, next, work);
                 i = next;
             }
+            poor += work.poor;
         } catch (...) {
             failed = true;
         }
     });
-    return failed ? -1 : 0;
+    return failed ? -1 : poor.load();
 }

@@ -32,10 +32,13 @@ struct Reassembled {
     }
 };
 
+constexpr double POOR = 1e-6;  // relative residual up to which a derivative's system is solved (diffopt.errors.ADJOINT)
+
 // Scratch of a thread.
 struct PullbackWork {
     std::vector<double> x, y, inv, lanes;
     std::unique_ptr<Reassembled> general;
+    int64_t poor = 0;  // instances whose system could not be solved, and whose gradient is not to be relied on
     Reassembled& get(const Sizes& sizes) {
         if (!general || !(general->problem.k == sizes)) general.reset(), general = std::make_unique<Reassembled>(sizes);
         return *general;
@@ -241,7 +244,7 @@ template <class T> void pull_by_sides(const Pull<T>& g, const Sides& sides, Pull
         const T* from = side == FREE ? nullptr : low ? g.glower : g.gupper;
         right[saddle.at_bound + j] = from ? (low ? -1 : 1) * static_cast<double>(from[j]) / k.dx[j] : 0.0;
     }
-    saddle.solve_minimum_norm(right, u);
+    work.poor += !(saddle.solve_minimum_norm(right, u) <= POOR);
     for (Index j = 0; j < n; j++) g.dq[j] = static_cast<T>(-u[j] * k.dx[j]);
     for (Index r = 0; r < p; r++) g.db[r] = static_cast<T>(u[saddle.at_eq + r] * k.eq[r] / cost);
     for (Index r = 0; r < m; r++)
