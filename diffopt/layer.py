@@ -297,10 +297,11 @@ def _exactly(form: Form, backend: str | Backend, settings: Settings, on_failure:
     if transforms.active():
         return _transformed(form, backend, settings, on_failure), True
     solver = choose(backend, form)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
-    with torch.no_grad():
-        found = solver.solve(form, settings, keep)
-    solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
+    attached = implicit.needs_graph(form)
+    found = solver.solve(form, settings, attached)
+    solution = implicit.attach_solved(
+        form, found, attached, settings.kink_rule, settings.weak_tolerance_for(form.dtype)
+    )
     return solution, found.solved
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -159,9 +159,31 @@ class Solution:
                 object.__setattr__(self, "_value", self._value())
         return self._value  # type: ignore[return-value]
 
+    @classmethod
+    def later(cls, rest: Callable[[str], tuple[Any, bool]], **fields: Any) -> Solution:
+        """Return a solution of which some fields are made when they are first read.
+
+        Args:
+            rest: returns the value of a field that is not among ``fields``, and whether to keep it.
+            fields: all others, but for those that have their default.
+        """
+        made = object.__new__(cls)
+        vars(made).update(fields, _rest=rest)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        rest = vars(self).get("_rest")
+        if rest is None or name not in _LATER:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value, keep = rest(name)
+        if keep:
+            vars(self)[name] = value
+        return value
+
     def __getstate__(self) -> dict[str, Any]:
-        """Return what travels to a file or another process: the value itself, not what would compute it."""
-        return vars(self) | {"_value": self.value, "_hessian": None, "_adjoint": None}
+        """Return what travels to a file or another process: the values, not what would compute them."""
+        made = {part.name: getattr(self, part.name) for part in fields(self)}
+        return made | {"_value": self.value, "_hessian": None, "_adjoint": None}
 
     @property
     def adjoint(self) -> Tensor:
@@ -218,6 +240,10 @@ class Solution:
             f"Solution(x={tuple(self.x.shape)}, {counts or 'empty batch'}, "
             f"worst residual {worst:.1e}, {self.backend}/{self.executor})"
         )
+
+
+_LATER = ("s", "nu", "lam", "lam_lower", "lam_upper", "status", "report")
+"""Fields that a solution may have packed; see `Solution.later`."""
 
 
 class Certificate(NamedTuple):

@@ -109,11 +109,12 @@ class Backend(Living, ABC):
             return f"does not take {form.dtype}"
         return None
 
+    @torch.no_grad()
     def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
-        """Solve a batch, recompute the residuals from the original data, and correct the status.
+        """Solve a batch without a graph, recompute the residuals from the original data, and correct the status.
 
         Args:
-            form: the problem; called where no graph is recorded.
+            form: the problem.
             settings: see `Settings`.
             keep: whether a pullback will be of use.
         """

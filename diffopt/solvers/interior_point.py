@@ -10,7 +10,7 @@ from torch import Tensor
 from diffopt.linalg.saddle import Saddle
 from diffopt.shapes import matvec, max_abs, rmatvec
 from diffopt.solvers.newton_system import NewtonSystem
-from diffopt.solvers.scaled_qp import ScaledQP, State
+from diffopt.solvers.scaled_qp import ScaledQP, State, fall
 from diffopt.solvers.step import complementarity, interior_start, longest_step
 
 FARKAS = 1e-9
@@ -86,7 +86,7 @@ def solve(
     stalled, slow = torch.zeros_like(iterations), torch.zeros_like(iterations)
 
     for count in range(max_iterations + 1):
-        residual = qp.relative_residuals(state)
+        residual, infeasible = qp.relative_residuals(state)
         gained = residual < best_residual
         best, best_residual = state.where(gained, best), torch.where(gained, residual, best_residual)
         infeasible, unbounded = _certificates(qp, state)
@@ -110,8 +110,9 @@ def solve(
         mu_affine = complementarity(state.s + alpha * affine.s, state.z + alpha * affine.z, qp.on)
         sigma = (mu_affine / torch.where(mu > 0, mu, 1.0)).clamp(0, 1) ** 3
 
-        # Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions.
-        sigma = torch.where(mu < AHEAD * residual, 1.0, sigma)
+        # Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions. (The gap is
+        # complementarity itself, in other units.)
+        sigma = torch.where(mu < AHEAD * infeasible, 1.0, sigma)
         target = (sigma * mu).unsqueeze(-1) - affine.s * affine.z
         direction = newton.step(r_dual, r_eq, r_row, target)
         reach = longest_step(state.s, state.z, direction.s, direction.z, qp.on)
@@ -161,12 +162,12 @@ def _certificates(qp: ScaledQP, state: State) -> tuple[Tensor, Tensor]:
     """
     z = state.z * qp.on
     pull = rmatvec(qp.A, state.nu) + qp.apply_Ct(z, state.y)
-    depth = -((qp.b * state.nu).sum(-1) + (qp.d * z).sum(-1) + (qp.target * state.y).sum(-1))
+    depth = fall(qp.b * state.nu, qp.d * z, qp.target * state.y)
     primal = (depth > 0) & (max_abs(pull) <= FARKAS * depth)
-    fall = -(qp.q * state.x).sum(-1)
+    slope = fall(qp.q * state.x)
     outside = torch.where(qp.on, qp.apply_C(state.x), 0.0).clamp_min(0)
     error = torch.maximum(max_abs(qp.Q.matvec(state.x)), max_abs(matvec(qp.A, state.x)))
     error = torch.maximum(error, max_abs(outside))
     if qp.fixed.shape[-1]:
         error = torch.maximum(error, max_abs(torch.where(qp.fixed, state.x, 0.0)))
-    return primal, (fall > 0) & (error <= FARKAS * fall)
+    return primal, (slope > 0) & (error <= FARKAS * slope)

@@ -11,11 +11,12 @@ from diffopt.linalg.cholesky import cholesky, pivots
 from diffopt.linalg.matrices import Dense
 from diffopt.linalg.saddle import Factor, Saddle
 from diffopt.linalg.scaling import Scaling, regularisation
+from diffopt.shapes import max_abs
 from diffopt.solution import INDEFINITE, Status
 from diffopt.solvers import certificates, interior_point
 from diffopt.solvers.executor import Data
 from diffopt.solvers.polish import Polished, active_rows, polish
-from diffopt.solvers.scaled_qp import ScaledQP, State
+from diffopt.solvers.scaled_qp import NOISE, ScaledQP, State
 from diffopt.solvers.settings import Settings
 
 SAFE_CONDITION = 1e8
@@ -271,9 +272,14 @@ def _certify(
     claim(certificates.check_primal(qp, outcome.state, open_ & outcome.primal_infeasible), Status.PRIMAL_INFEASIBLE)
     if bool(open_.any()):
         # Before unboundedness: an instance can be both, and then there is no x at all.
-        state = _auxiliary(certificates.least_infeasibility(qp), qp.batch, open_)
-        nu, z, y = _infeasibility_multipliers(qp, state)
-        claim(certificates.check_primal(qp, outcome.state._replace(nu=nu, z=z, y=y), open_), Status.PRIMAL_INFEASIBLE)
+        problem = certificates.least_infeasibility(qp)
+        found = _auxiliary(problem, qp.batch, open_)
+        claim(_contradiction(qp, outcome.state, found, open_), Status.PRIMAL_INFEASIBLE)
+        violated = torch.maximum(max_abs(found.nu), max_abs(found.lam)) > NOISE
+        if bool((open_ & violated).any()):
+            closer = certificates.seen_closer(problem, found.x, found.nu, found.lam, qp.n)
+            found = _auxiliary(closer, qp.batch, open_ & violated)
+            claim(_contradiction(qp, outcome.state, found, open_ & violated), Status.PRIMAL_INFEASIBLE)
     convex = _strictly_convex(qp)
     claim(certificates.check_dual(qp, outcome.state.x, open_ & outcome.dual_infeasible, convex), Status.DUAL_INFEASIBLE)
     if bool(open_.any()):
@@ -294,6 +300,12 @@ def _auxiliary(problem: certificates.Auxiliary, batch: torch.Size, run: Tensor) 
     qp = ScaledQP(*problem, batch)
     outcome, _ = _solve_scaled(qp, run, Settings(max_iterations=60), 1e-12, thorough=False)
     return _Multipliers(*original(qp, outcome.state)[:5])
+
+
+def _contradiction(qp: ScaledQP, state: State, found: _Multipliers, run: Tensor) -> certificates.Proof:
+    """Check the multipliers of a least-infeasibility problem as a proof."""
+    nu, z, y = _infeasibility_multipliers(qp, found)
+    return certificates.check_primal(qp, state._replace(nu=nu, z=z, y=y), run)
 
 
 def _infeasibility_multipliers(qp: ScaledQP, found: _Multipliers) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,16 @@ enum Ending { AT_LIMIT, STUCK, BROKEN, CONVERGED, PROVEN_INFEASIBLE, PROVEN_UNBO
 
 constexpr double WORTH_POLISHING = 1e-2;  // relative residual up to which an end point is tried for its active set
 constexpr double FARKAS = 1e-9;           // relative error of a certificate at which an iterate proves something
+constexpr double NOISE = 1e-12;           // share of its terms up to which a sum is taken for rounding error
 constexpr double NEGATIVE = 1e-7;         // eigenvalue below minus this: the Hessian is indefinite (diffopt.solution.INDEFINITE)
+
+// What a certificate is normalised by: minus a sum of products; 0 where that is a rise, or rounding error, which proves
+// nothing.
+struct Fall {
+    double sum = 0, size = 0;
+    void take(double product) { sum -= product, size += std::fabs(product); }
+    double value() const { return sum > NOISE * size ? sum : 0.0; }
+};
 
 class General {
   public:
@@ -258,22 +267,23 @@ class General {
     // Whether now_ proves that there is no solution; uses what residuals_now computed.
     Ending proof(bool bounded) const {
         const Scaled& k = problem;
-        double depth = 0, pull = 0, fall = 0, error = 0;
-        for (Index r = 0; r < k.k.p; r++) depth -= k.b[r] * now_.nu[r], error = vmax_nan(std::fabs(Ax_[r]), error);
+        Fall depth, fall;
+        double pull = 0, error = 0;
+        for (Index r = 0; r < k.k.p; r++) depth.take(k.b[r] * now_.nu[r]), error = vmax_nan(std::fabs(Ax_[r]), error);
         for (Index r = 0; r < k.rows; r++) {
             if (!there(r)) continue;
-            depth -= k.d[r] * now_.z[r];
+            depth.take(k.d[r] * now_.z[r]);
             error = vmax_nan(Cx_[r], error);
         }
         for (Index j = 0; j < k.k.n; j++) {
-            depth -= k.target[j] * now_.y[j];
+            depth.take(k.target[j] * now_.y[j]);
             pull = vmax_nan(std::fabs(r_dual_[j] - Qx_[j] - k.q[j]), pull);
-            fall -= k.q[j] * now_.x[j];
+            fall.take(k.q[j] * now_.x[j]);
             error = vmax_nan(std::fabs(Qx_[j]), error);
             if (k.fixed[j] != 0) error = vmax_nan(std::fabs(now_.x[j]), error);
         }
-        if (depth > 0 && pull <= FARKAS * depth) return PROVEN_INFEASIBLE;
-        if (!bounded && fall > 0 && error <= FARKAS * fall) return PROVEN_UNBOUNDED;
+        if (depth.value() > 0 && pull <= FARKAS * depth.value()) return PROVEN_INFEASIBLE;
+        if (!bounded && fall.value() > 0 && error <= FARKAS * fall.value()) return PROVEN_UNBOUNDED;
         return STUCK;
     }
 
@@ -335,8 +345,9 @@ class General {
             for (Index r = 0; r < k.rows; r++)
                 sum += there(r) ? (now_.s[r] + affine * step_.s[r]) * (now_.z[r] + affine * step_.z[r]) : 0.0;
             const double share = std::min(1.0, std::max(0.0, mean(sum) / (mu > 0 ? mu : 1.0)));
-            // Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions.
-            const double sigma = mu < AHEAD * residual ? 1.0 : share * share * share;
+            // Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions. (The gap is
+            // complementarity itself, in other units.)
+            const double sigma = mu < AHEAD * found.infeasible ? 1.0 : share * share * share;
             for (Index r = 0; r < k.rows; r++) tau_[r] = sigma * mu - step_.s[r] * step_.z[r];
             direction(now_, refinements);
             const double longest = reach();
