@@ -76,7 +76,7 @@ class Layer(nn.Module):
         self.problem = problem
         self.backend = _checked_backend(backend)
         self.settings = _checked_settings(settings)
-        self.on_failure: OnFailure = _checked_policy(on_failure)
+        self.on_failure: OnFailure = _checked_policy(on_failure, self.settings)
         self.on_infeasible: infeasible.Policy = infeasible.checked_policy(on_infeasible)
         self._parts: dict[str, tuple[str | float, ...]] = {}
         for name, declared in (problem.declared | infeasible.declared_weights(self.on_infeasible)).items():
@@ -174,7 +174,8 @@ def solve(
 
     Returns, raises, differentiable in: as `Layer.solve`.
     """
-    solver, chosen, policy = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    solver, chosen = _checked_backend(backend), _checked_settings(settings)
+    policy = _checked_policy(on_failure, chosen)
     soft = infeasible.checked_policy(on_infeasible)
 
     def run(params: Params) -> Solution:
@@ -226,7 +227,8 @@ def solve_qp(
     References:
         Amos and Kolter (2017), "OptNet", equations 6 to 8 (dG there has a factor D(lam) too many).
     """
-    solver, chosen, policy = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    solver, chosen = _checked_backend(backend), _checked_settings(settings)
+    policy = _checked_policy(on_failure, chosen)
     soft, weights = None, None
     if on_infeasible is not None:
         soft = infeasible.checked_policy(on_infeasible)
@@ -252,12 +254,16 @@ def _solve_form(
 
         solution = infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype))
         reported = False
-    if not reported:
+    if settings.sync and not reported:
         _report(solution, on_failure)
     return solution
 
 
 def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy) -> None:
+    if not settings.sync:
+        raise SettingsError(
+            "`on_infeasible` looks at values, which Settings(sync=False) forbids. Leave out one of the two."
+        )
     if policy == "closest" and settings.relaxation is not None:
         raise SettingsError(
             "`relaxation` and on_infeasible='closest' do not go together: the closest problem has no interior, "
@@ -351,7 +357,8 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
             direct.append(jacobian)
             return jacobian.outputs()
         prepared = implicit.prepare(plain, found, settings.kink_rule, settings.weak_tolerance_for(plain.dtype))
-        _report(implicit.attach(plain, prepared), on_failure)
+        if settings.sync:
+            _report(implicit.attach(plain, prepared), on_failure)
         done.append(prepared)
         return implicit.flatten(prepared)
 
@@ -471,7 +478,12 @@ def _checked_settings(settings: Settings | None) -> Settings:
     return _DEFAULT if settings is None else settings
 
 
-def _checked_policy(on_failure: str) -> OnFailure:
+def _checked_policy(on_failure: str, settings: Settings) -> OnFailure:
     if on_failure not in ("raise", "return"):
         raise SettingsError(f"`on_failure` = {on_failure!r} is unknown. Expected 'raise' or 'return'.")
+    if on_failure == "raise" and not settings.sync:
+        raise SettingsError(
+            "Settings(sync=False) cannot raise for a failed instance: nobody looks at the statuses. Expected "
+            "on_failure='return'; `solution.ok`, a tensor on the device, says which instances to use."
+        )
     return on_failure  # type: ignore[return-value]

@@ -156,7 +156,7 @@ def solve(data: Sequence[Tensor], spec: str) -> Ten:
     of what the solve has left behind for its reverse pass."""
     parsed = read(spec)
     found, counts, reverse = _solved(data, parsed, parsed.keep)
-    if not found.solved:
+    if parsed.settings.sync and not found.solved:
         assert report is not None
         values = kkt.Point(*(v.detach() for v in found.point))
         whole = Solution(

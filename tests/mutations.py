@@ -69,7 +69,7 @@ FAULTS = [
     Fault("compiled: an adjoint system without a solution unseen", "solvers/cpu/pullback.hpp", "work.poor += !(", "work.poor += 0 * !(",
           "test_adjoint.py"),
     Fault("compiled: nor where rows depend", "solvers/cpu/saddle.hpp", "length > 0 ? lost / length : 0.0", "0 * length", "test_adjoint.py"),
-    Fault("an adjoint system without a solution unseen", "implicit.py", "poor = int(((residual > ADJOINT)", "poor = 0 * int(((residual > ADJOINT)",
+    Fault("an adjoint system without a solution unseen", "implicit.py", "poor := int(((residual > ADJOINT)", "poor := 0 * int(((residual > ADJOINT)",
           "test_adjoint.py"),
     Fault("nor where rows depend", "linalg/saddle.py", "torch.maximum(residual, lost)", "residual", "test_adjoint.py"),
     Fault("no NaN at dependent rows on request", "implicit.py", "failed | (counts[1:] > 0).any(0)", "failed | (counts[1:2] > 0).any(0)",
