@@ -704,6 +704,13 @@ def _is_freed(tensor: Tensor) -> bool:
         return False
 
 
+def value(form: Form, point: kkt.Point, status: Tensor) -> Tensor:
+    """Return the optimal value ``(*batch,)`` at an attached point, with its derivative, that of the Lagrangian."""
+    failed, attached = _failed(status), needs_graph(form)
+    plain = kkt.Point(*(v.detach() for v in point))
+    return _value(form, point, plain, _safe(plain, failed), failed, attached)
+
+
 def _value(form: Form, point: kkt.Point, values: kkt.Point, safe: kkt.Point, failed: Tensor, attached: bool) -> Tensor:
     """Return the optimal value. Its derivative is that of the Lagrangian, whose slope in x, lam, nu is 0."""
     objective = form.detach().objective(values.x)

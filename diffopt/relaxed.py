@@ -72,8 +72,7 @@ def relax(
 
         def work(plain: Form) -> Found:
             assert isinstance(plain, BarrierForm)
-            found, residual = _central(plain)
-            return _prepared(plain, found, residual, bad, settings.kink_rule, weak)
+            return central(plain, bad, weak)
 
     prepared, residual, failed = plainly(problem, work)
     near = implicit.attach(problem, prepared)
@@ -112,6 +111,12 @@ def check(form: Form) -> None:
     raise BackendUnsupported(
         f"`relaxation` takes quadratic and linear programs with inequalities, not {what}. Leave it out."
     )
+
+
+def central(plain: BarrierForm, bad: Tensor, weak_tolerance: float) -> Found:
+    """Solve a barrier problem on plain tensors; ``bad`` ``(*batch,)``: instances that are left out."""
+    found, residual = _central(plain)
+    return _prepared(plain, found, residual, bad, "inactive", weak_tolerance)
 
 
 def _central(plain: BarrierForm) -> tuple[kkt.Solved, Tensor]:

@@ -19,10 +19,12 @@ ALLOWED = {
     "implicit": GROUND | {"problems", "kkt", "transforms"},
     "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "implicit"},
     "infeasible": GROUND | {"problems", "kkt", "backends", "implicit"},
+    "selected": GROUND | {"problems", "solvers", "kkt", "implicit", "relaxed"},
     "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
     "layer": GROUND
-    | {"problems", "solvers", "backends", "transforms", "implicit", "infeasible", "relaxed", "operators"},
-    "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "layer", "check"},
+    | {"problems", "solvers", "backends", "transforms", "implicit", "infeasible", "relaxed", "selected", "operators"},
+    "check": GROUND
+    | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "selected", "layer", "check"},
 } | {name: GROUND for name in GROUND}
 
 
