@@ -168,7 +168,9 @@ def _shortest(face: QPForm, solve: Callable[[QPForm], Solution]) -> _Second:
 def _centre(face: QPForm, idle: Tensor, settings: Settings) -> _Second:
     """Maximise the product of the slacks of all inequalities that are not held."""
     problem = BarrierForm(face, 1.0)
+    plain = problem.detach()
+    assert isinstance(plain, BarrierForm)
     with torch.no_grad():
-        found = relaxed.central(problem.detach(), idle, settings.weak_tolerance_for(torch.float64))
+        found = relaxed.central(plain, idle, settings.weak_tolerance_for(torch.float64))
     none = torch.zeros_like(idle, dtype=torch.int64)
     return _Second(implicit.attach(problem, found.prepared).x, ~found.failed, none, none, "torch")
