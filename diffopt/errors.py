@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 
@@ -87,3 +88,22 @@ class BackendLoadWarning(DiffoptWarning):
 
 class CompiledExecutorWarning(DiffoptWarning):
     """A compiled executor is missing or cannot be used; torch operations, or a slower variant, do its work."""
+
+
+class InaccurateGradientWarning(DiffoptWarning):
+    """The linear system behind some instance's gradient could not be solved: its solution x is not unique."""
+
+
+ADJOINT = 1e-6
+"""Relative residual of the linear system behind a gradient up to which it counts as solved."""
+
+
+def warn_of_gradients(poor: int, total: int) -> None:
+    """Warn that the gradients of some instances are not to be relied on."""
+    warnings.warn(
+        f"The linear system behind the gradients of {poor} of {total} instances cannot be solved to a relative "
+        f"residual of {ADJOINT:g}: their x is not unique, or nearly so, and has no derivative. They get the shortest "
+        f"least-squares solution. `Solution.unique` says which they are, Settings(kink_rule='nan') gives them NaN.",
+        InaccurateGradientWarning,
+        stacklevel=3,
+    )

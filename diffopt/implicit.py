@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import kkt, transforms, waiting
-from diffopt.errors import ChangedDataError
+from diffopt.errors import ADJOINT, ChangedDataError, warn_of_gradients
 from diffopt.linalg.central import central_ratio
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
@@ -81,6 +81,13 @@ def prepare(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
         weakly_active = torch.where(failed, 0, active.weak_count())
         system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
         counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
+        if kink_rule == "nan":
+            # What has no derivative is treated as what has no solution, but for its values.
+            adjoint = system.adjoint()
+            failed = failed | (counts[1:] > 0).any(0) | (adjoint > ADJOINT)
+            safe = _safe(found.point, failed)
+            system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
+            system.residual = adjoint
     ratios = (ratio.to(form.dtype) for ratio in (system.ratio_row, system.ratio_bound))
     return Prepared(found, safe, system, counts, Rule(failed, system.active, system.equation_row, *ratios))
 
@@ -152,6 +159,7 @@ def attach(form: Form, prepared: Prepared, transformed: bool = False) -> Solutio
         executor=found.executor,
         _value=_unless_changed(form.tensors() | point._asdict(), value),
         _hessian=form.Q if isinstance(form, QPForm) else None,
+        _adjoint=None if transformed else prepared.system.adjoint,
     )
 
 
@@ -192,6 +200,13 @@ def attach_solved(form: Form, found: kkt.Solved, attached: bool, kink_rule: str,
             plain = kkt.Point(*(v.detach() for v in point))
             return _value(form, point, plain, _safe(plain, failed), failed, attached)
 
+    def adjoint() -> Tensor:
+        point = kkt.Point(*(v.detach() for v in tied.vectors()))
+        plain = found.replace(
+            point=point, status=packed.status, residuals=packed.residuals, counts=packed.counts, packed=None
+        )
+        return prepare(form.detach(), plain, kink_rule, weak_tolerance).system.adjoint()
+
     return Solution.later(
         later,
         x=tied.x,
@@ -200,6 +215,7 @@ def attach_solved(form: Form, found: kkt.Solved, attached: bool, kink_rule: str,
         executor=found.executor,
         _value=_unless_changed(form.tensors() | {"x": tied.x, "s, nu or lam": tied.rest}, value),
         _hessian=form.Q if isinstance(form, QPForm) else None,
+        _adjoint=adjoint,
     )
 
 
@@ -602,6 +618,13 @@ def _is_freed(tensor: Tensor) -> bool:
         return False
 
 
+def value(form: Form, point: kkt.Point, status: Tensor) -> Tensor:
+    """Return the optimal value ``(*batch,)`` at an attached point, with its derivative, that of the Lagrangian."""
+    failed, attached = _failed(status), needs_graph(form)
+    plain = kkt.Point(*(v.detach() for v in point))
+    return _value(form, point, plain, _safe(plain, failed), failed, attached)
+
+
 def _value(form: Form, point: kkt.Point, values: kkt.Point, safe: kkt.Point, failed: Tensor, attached: bool) -> Tensor:
     """Return the optimal value. Its derivative is that of the Lagrangian, whose slope in x, lam, nu is 0."""
     objective = form.detach().objective(values.x)
@@ -637,7 +660,7 @@ class _KKT:
         self.sync = waiting.allowed()
         self.prepared = prepared
         self._saddle = saddle if prepared is None else prepared.factor.system
-        weak_any = kink_rule != "inactive" and bool(active.weak_count().any())
+        weak_any = kink_rule not in ("inactive", "nan") and bool(active.weak_count().any())
         self.dense_rule = kink_rule == "minimum_norm" and weak_any
         self.weak_row = active.weak_row
         none_row, none_bound = torch.zeros_like(active.row), torch.zeros_like(active.lower)
@@ -659,6 +682,7 @@ class _KKT:
         if weak_any and kink_rule == "central":
             self._use_central(strict)
         self._factor: Factor | None = None
+        self.residual: Tensor | None = None  # what `adjoint` returns, once known
 
     def _use_central(self, strict: kkt.Activity) -> None:
         d, _, rows, cost = self.scaling
@@ -697,6 +721,22 @@ class _KKT:
         """Return the number of dependent active rows of each instance."""
         return self.factor().dependent().expand(self.failed.shape)
 
+    def adjoint(self) -> Tensor:
+        """Return the relative residual, ``(*batch,)``, of K u = r, refined, for a fixed r in x: see `Solution.adjoint`.
+
+        (The probe has a part along any direction; where K is singular along one, the residual keeps that part.)
+        """
+        if self.residual is not None:
+            return self.residual
+        saddle, shape = self.saddle(), self.failed.shape
+        probe = torch.cos(1 + torch.arange(saddle.Q.n, dtype=torch.float64, device=self.failed.device).square())
+        sizes = (saddle.A.shape[-2], saddle.G.shape[-2], self.active.lower.shape[-1])
+        r = Blocks(probe.expand(*shape, -1), *(probe.new_zeros(*shape, size) for size in sizes))
+        factor = self.factor()
+        error = torch.where(factor.failed, torch.inf, factor.solve_accurately(r)[1])
+        self.residual = torch.where(self.failed, torch.nan, error.expand(shape))
+        return self.residual
+
     def solve(self, r: Blocks, transpose: bool) -> Blocks:
         """Return K^-1 r (or K'^-1 r): zero where r is zero, NaN where a failed instance has r != 0."""
         with waiting.allow(self.sync):
@@ -715,7 +755,10 @@ class _KKT:
             u = self._solve_dense(clean, transpose)
         else:
             scaled = kkt.to_scaled(clean, self.scaling)
-            u = kkt.to_original(solve_minimum_norm(self.factor(), scaled)[0], self.scaling)
+            found, residual = solve_minimum_norm(self.factor(), scaled)
+            if waiting.allowed() and (poor := int(((residual > ADJOINT) & ~self.failed).sum())):
+                warn_of_gradients(poor, residual.numel())
+            u = kkt.to_original(found, self.scaling)
         spoiled = ((self.failed & asked) | poisoned).unsqueeze(-1)
         return Blocks(*(torch.where(spoiled, torch.nan, v).to(self.dtype) for v in u))
 

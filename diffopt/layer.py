@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit, infeasible, operators, relaxed, transformed, transforms
+from diffopt import implicit, infeasible, operators, relaxed, selected, transformed, transforms
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
     InaccurateSolutionWarning,
+    NotDifferentiableError,
     ParameterError,
     SettingsError,
     SolveFailed,
@@ -266,6 +267,11 @@ def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy) 
         raise SettingsError(
             "`on_infeasible` looks at values, which Settings(sync=False) forbids. Leave out one of the two."
         )
+    if settings.selection is not None:
+        raise SettingsError(
+            "`selection` and `on_infeasible` do not go together: the problem that is solved has other variables, or "
+            "sides that only just meet. Leave one of them out."
+        )
     if policy == "closest" and settings.relaxation is not None:
         raise SettingsError(
             "`relaxation` and on_infeasible='closest' do not go together: the closest problem has no interior, "
@@ -275,6 +281,8 @@ def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy) 
 
 def _attached(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> tuple[Solution, bool]:
     """Return the solution, attached to the form, and whether no more need be said about its failures."""
+    if settings.selection is not None:
+        return _selected(form, backend, settings, on_failure)
     if settings.relaxation is None:
         return _exactly(form, backend, settings, on_failure)
     relaxed.check(form)
@@ -290,6 +298,28 @@ def _attached(form: Form, backend: str | Backend, settings: Settings, on_failure
         return choose(backend, plain).solve(plain, settings)
 
     return relaxed.relax(form, solution, settings, work, _plainly), reported
+
+
+def _selected(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> tuple[Solution, bool]:
+    selected.check(form)
+    assert isinstance(form, QPForm)
+    if torch.compiler.is_compiling():
+        raise NotDifferentiableError(
+            "Settings(selection=...) does not go inside torch.compile or torch.export. Call the layer outside."
+        )
+    if any(map(transforms.mapped_here, form.tensors().values())):
+        return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure)), True
+    if transforms.active():
+        raise NotDifferentiableError(
+            "Settings(selection=...) does not go inside the derivatives of torch.func, because it looks at values. Use "
+            "torch.autograd.grad or backward; torch.func.vmap over the data does go."
+        )
+    inner = settings.replace(selection=None)
+
+    def each(form: QPForm) -> Solution:
+        return _exactly(form, backend, inner, "return")[0]
+
+    return selected.select(form, each(form), settings, each), False
 
 
 def _exactly(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> tuple[Solution, bool]:
@@ -427,6 +457,10 @@ def _failure_message(solution: Solution, statuses: Tensor, failed: list[list[int
     if len(failed) > MOST_NAMED:
         lines.append(f"  and {len(failed) - MOST_NAMED} more")
     lines += [f"{status.name}: {REMEDIES[status]}." for status in dict.fromkeys(seen)]
+    if solution.selection == "analytic_centre" and Status.NUMERICAL_ERROR in seen:
+        lines.append(
+            "Solutions that go on without end have no analytic centre; Settings(selection='minimum_norm') has."
+        )
     lines.append(
         "Pass on_failure='return' to get every instance with its status, and use those where `solution.ok` holds."
     )

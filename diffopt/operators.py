@@ -160,7 +160,7 @@ def _solved(data: Sequence[Tensor], spec: Spec, keep: bool) -> tuple[kkt.Solved,
         if settings.relaxation is None or not keep:
             return found, *implicit.apart(form, found, rule, weak_tolerance, keep)
         counts, _ = implicit.apart(form, found, rule, weak_tolerance, keep=False)
-        exact = implicit.attach_solved(form, found, rule, weak_tolerance)
+        exact = implicit.attach_solved(form, found.replace(), False, rule, weak_tolerance)
         reverse = relaxed.reverse(form, exact, settings, lambda near: spec.chosen(near).solve(near, settings))
     return found, counts, reverse
 

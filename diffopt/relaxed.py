@@ -77,12 +77,11 @@ def _problem(
 
         return with_ridge(exact, size), ridge
 
-    def central(plain: Form) -> Found:
+    def barrier(plain: Form) -> Found:
         assert isinstance(plain, BarrierForm)
-        found, residual = _central(plain)
-        return _prepared(plain, found, residual, bad, settings.kink_rule, weak)
+        return central(plain, bad, weak)
 
-    return BarrierForm(exact, size), central
+    return BarrierForm(exact, size), barrier
 
 
 def _warn(solution: Solution, found: Found) -> None:
@@ -178,6 +177,12 @@ def check(form: Form) -> None:
     raise BackendUnsupported(
         f"`relaxation` takes quadratic and linear programs with inequalities, not {what}. Leave it out."
     )
+
+
+def central(plain: BarrierForm, bad: Tensor, weak_tolerance: float) -> Found:
+    """Solve a barrier problem on plain tensors; ``bad`` ``(*batch,)``: instances that are left out."""
+    found, residual = _central(plain)
+    return _prepared(plain, found, residual, bad, "inactive", weak_tolerance)
 
 
 def _central(plain: BarrierForm) -> tuple[kkt.Solved, Tensor]:

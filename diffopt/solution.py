@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from diffopt.errors import ADJOINT
 from diffopt.precision import full_precision, lowered
 
 
@@ -119,6 +120,13 @@ class Solution:
         gradient: what the derivatives are: ``"exact"``, or how they were relaxed (`Settings.relaxation`).
         gradient_residual: ``(*batch,)``, worst relative residual of the relaxed problem whose derivative is
             taken; above 1e-6 that problem was not solved, and the gradient is NaN. ``None`` for exact gradients.
+        adjoint: ``(*batch,)``, computed on access: relative residual of the linear system behind the derivatives of x,
+            refined, for a fixed right-hand side. Above 1e-6 x is not unique, or nearly so: it has no derivative, and
+            what is returned is the shortest least-squares solution (NaN under ``kink_rule="nan"``). NaN where there
+            is no solution, and where the system is not at hand (after a pytree, a file or a transform).
+        unique: ``(*batch,)`` bool, computed on access: x is known to be the only solution. Else it is some solution, or
+            the selected one.
+        selection: which solution x is where it is not unique: ``"some"``, any; or that of `Settings.selection`.
         smallest_eigenvalue: ``(*batch,)``, of Q, computed on access from the data as it is then: below zero, beyond
             rounding, where a quadratic program is not convex. NaN where Q is not finite, or not at hand (after a
             pytree, a file or a transform; for problems given by their functions).
@@ -142,7 +150,9 @@ class Solution:
     shifts: Shifts | None = None
     gradient: str = "exact"
     gradient_residual: Tensor | None = None
+    selection: str = "some"
     _hessian: Any = field(default=None, repr=False)
+    _adjoint: Tensor | Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @property
     def value(self) -> Tensor:
@@ -176,7 +186,22 @@ class Solution:
     def __getstate__(self) -> dict[str, Any]:
         """Return what travels to a file or another process: the values, not what would compute them."""
         made = {part.name: getattr(self, part.name) for part in fields(self)}
-        return made | {"_value": self.value, "_hessian": None}
+        return made | {"_value": self.value, "_hessian": None, "_adjoint": None}
+
+    @property
+    def adjoint(self) -> Tensor:
+        """``(*batch,)``; see the class."""
+        if self._adjoint is None:
+            return torch.full_like(self.residuals.gap, torch.nan)
+        if callable(self._adjoint):
+            with torch.no_grad(), full_precision() if lowered() else nullcontext():
+                object.__setattr__(self, "_adjoint", self._adjoint())
+        return self._adjoint  # type: ignore[return-value]
+
+    @property
+    def unique(self) -> Tensor:
+        """``(*batch,)``; see the class."""
+        return self.ok & (self.adjoint <= ADJOINT)
 
     @property
     def smallest_eigenvalue(self) -> Tensor:
@@ -257,23 +282,30 @@ _CHILDREN = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status", "value")
 _OPTIONAL = ("certificate", "shifts", "gradient_residual")
 
 
-def _flatten(solution: Solution) -> tuple[list[Any], tuple[str, str, str, tuple[str, ...]]]:
+def _flatten(solution: Solution) -> tuple[list[Any], tuple[str, str, str, str, tuple[str, ...]]]:
     # Every child has the batch dimensions first: where a transform adds one, it is the same for all of them.
     children = [getattr(solution, name) for name in _CHILDREN]
     children += [_three(part, 0, -1) for part in solution.report]
     # What there is not is no child: ``None`` would be a leaf, and transforms return tensors only.
     there = tuple(name for name in _OPTIONAL if getattr(solution, name) is not None)
     children += [getattr(solution, name) for name in there]
-    return children, (solution.backend, solution.executor, solution.gradient, there)
+    return children, (solution.backend, solution.executor, solution.gradient, solution.selection, there)
 
 
-def _unflatten(children: Any, context: tuple[str, str, str, tuple[str, ...]]) -> Solution:
+def _unflatten(children: Any, context: tuple[str, str, str, str, tuple[str, ...]]) -> Solution:
     *fields, value, residuals, counts = list(children)[:10]
-    backend, executor, gradient, there = context
+    backend, executor, gradient, selection, there = context
     optional = dict.fromkeys(_OPTIONAL) | dict(zip(there, list(children)[10:], strict=True))
     report = Report(_three(residuals, -1, 0), _three(counts, -1, 0))
     return Solution(
-        *fields, report=report, backend=backend, executor=executor, gradient=gradient, _value=value, **optional
+        *fields,
+        report=report,
+        backend=backend,
+        executor=executor,
+        gradient=gradient,
+        selection=selection,
+        _value=value,
+        **optional,
     )
 
 

@@ -20,20 +20,13 @@ ALLOWED = {
     "transformed": GROUND | {"problems", "kkt", "transforms", "implicit"},
     "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
     "infeasible": GROUND | {"problems", "kkt", "backends", "transforms", "implicit"},
+    "selected": GROUND | {"problems", "solvers", "kkt", "implicit", "relaxed"},
     "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit", "relaxed"},
     "layer": GROUND
-    | {
-        "problems",
-        "solvers",
-        "backends",
-        "transforms",
-        "implicit",
-        "transformed",
-        "infeasible",
-        "relaxed",
-        "operators",
-    },
-    "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "layer", "check"},
+    | {"problems", "solvers", "backends", "transforms", "implicit", "transformed", "infeasible", "relaxed"}
+    | {"selected", "operators"},
+    "check": GROUND
+    | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "selected", "layer", "check"},
 } | {name: GROUND for name in GROUND}
 
 

@@ -243,14 +243,18 @@ def solve_minimum_norm(factor: Factor, r: Blocks) -> tuple[Blocks, Tensor]:
 
     Where the rows are independent this is the solution. Where they are not, the part of r that no
     u can meet is dropped, and so is the part of u that meets nothing. The norm weighs the entries
-    by `Shift`: callers choose it so that lengths are those of the original units.
+    by `Shift`: callers choose it so that lengths are those of the original units. To the residual counts what is
+    dropped of r's first block, in x: x is not unique then.
     """
     dependent = factor.dependent() > 0
     if not waiting.some(dependent):
         return factor.solve_accurately(r)
     r = factor.mask(r)
-    u, residual = factor.solve_accurately(factor.consistent_part(r).where(dependent, r))
-    return factor.without_null_part(u).where(dependent, u), residual
+    met = factor.consistent_part(r).where(dependent, r)
+    u, residual = factor.solve_accurately(met)
+    size = r.max_abs()
+    lost = torch.where(size > 0, max_abs(r.x - met.x) / torch.where(size > 0, size, 1.0), 0.0)
+    return factor.without_null_part(u).where(dependent, u), torch.maximum(residual, lost)
 
 
 class _Dual(Factor):

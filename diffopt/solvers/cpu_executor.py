@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt.errors import BackendError
+from diffopt.errors import BackendError, warn_of_gradients
 from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank
 from diffopt.packed import Arrangement, Packed
 from diffopt.solution import ALMOST, Certificate, Status
@@ -191,8 +191,11 @@ class CpuExecutor(Executor):
         way = layout.reverse(needed)
         found = [None if shape is None else _new_gradient(data.q, shape, size) for shape, size in way.shapes]
         packed = _GRADIENTS.pack(*[0 if v is None else v.data_ptr() for v in (x, s, lam, nu, lower, upper, *found)])
+        poor = 0
         for begin, end in layout.slices:
-            self._checked(self._pullback(saved.call, packed, torch.get_num_threads(), begin, end))
+            poor += self._checked(self._pullback(saved.call, packed, torch.get_num_threads(), begin, end))
+        if poor:
+            warn_of_gradients(poor, layout.count)
         if way.collected:
             _collect(layout, saved.report, point, way.collected, found)
         dQ, dq, dA, db, dG, dh, dlower, dupper, dF = found
@@ -219,8 +222,11 @@ class CpuExecutor(Executor):
         outgoing = None, first, None, rest[0], None, rest[1], lower, upper, None
         packed = _GRADIENTS.pack(*[0 if v is None else v.data_ptr() for v in (*incoming, *outgoing)])
         many = _MANY.pack(count, layout.count, 1, forward)
+        poor = 0
         for begin, end in layout.slices:
-            self._checked(self._many(saved.call, packed, many, torch.get_num_threads(), begin, end))
+            poor += self._checked(self._many(saved.call, packed, many, torch.get_num_threads(), begin, end))
+        if poor:
+            warn_of_gradients(poor, layout.count)
         return first, rest[0], rest[1], lower, upper
 
     def _layout(self, data: Data) -> _Layout:

@@ -9,9 +9,10 @@ import torch
 
 from diffopt.errors import SettingsError
 
-KinkRule = Literal["inactive", "active", "central", "minimum_norm"]
+KinkRule = Literal["inactive", "active", "central", "minimum_norm", "nan"]
+Selection = Literal["minimum_norm", "analytic_centre"]
 RelaxationMode = Literal["central_path", "ridge"]
-KINK_RULES: tuple[str, ...] = ("inactive", "active", "central", "minimum_norm")
+KINK_RULES: tuple[str, ...] = ("inactive", "active", "central", "minimum_norm", "nan")
 
 
 @dataclass(frozen=True, init=False)
@@ -26,7 +27,8 @@ class Settings:
         kink_rule: which derivative is returned where a constraint holds with equality and has no
             multiplier ("weakly active"): ``"inactive"`` (default) leaves such rows out, ``"active"``
             holds them with equality, ``"central"`` is the limit along the central path,
-            ``"minimum_norm"`` the shortest solution when these rows are left undecided.
+            ``"minimum_norm"`` the shortest solution when these rows are left undecided. ``"nan"`` gives NaN to every
+            instance that has such constraints, or active ones that depend on each other, or an x that is not unique.
         weak_tolerance: a row is weakly active when its slack and its multiplier are both below this,
             in the units of the equilibrated problem (about 1 for ordinary data). Default ``None``:
             1e-7 in float64, 1e-3 in float32. Larger counts more rows.
@@ -48,6 +50,11 @@ class Settings:
             backward, so that a solve can be captured in a CUDA graph. Then nothing can be raised because of values
             (``on_failure="return"`` is required), few certificates are found, and what the executor ``"cuda"`` leaves
             unsolved stays UNSOLVED. Goes with the kink rule ``"inactive"`` and without relaxation.
+        selection: which solution x is, of programs that have many (linear ones, singular Q). ``None`` (default): some
+            solution, as the solver found it. ``"minimum_norm"``: the shortest, in the 2-norm of x.
+            ``"analytic_centre"``: that of the largest product of the slacks of all inequalities and bounds that are
+            not the same for all solutions; the solutions must be bounded. By a second solve of the instances whose x
+            is not known to be unique; gradients are those of the selected solution.
     """
 
     tolerance: float | None
@@ -60,6 +67,7 @@ class Settings:
     relaxation: float | None
     relaxation_mode: RelaxationMode
     sync: bool
+    selection: Selection | None
     text: ClassVar[str]  # of each instance: all of the above, for `read`; operators in compiled graphs carry it
 
     def __init__(
@@ -75,6 +83,7 @@ class Settings:
         relaxation: float | None = None,
         relaxation_mode: RelaxationMode = "central_path",
         sync: bool = True,
+        selection: Selection | None = None,
         **unknown: Any,
     ) -> None:
         names = _NAMES
@@ -93,12 +102,17 @@ class Settings:
         _check("relaxation", relaxation, positive, "None or a positive number")
         modes = ("central_path", "ridge")
         _check("relaxation_mode", relaxation_mode, relaxation_mode in modes, f"one of {', '.join(map(repr, modes))}")
+        selections = (None, "minimum_norm", "analytic_centre")
+        _check("selection", selection, selection in selections, f"one of {', '.join(map(repr, selections))}")
+        exact = relaxation is None and kink_rule != "nan"
+        _check("selection", selection, selection is None or exact, "None with a relaxation and the kink rule 'nan'")
         if not sync:
+            _check("sync", sync, selection is None, "True with a selection")
             together = kink_rule == "inactive" and relaxation is None
             _check("sync", sync, together, "True with kink rules other than 'inactive', and with a relaxation")
         values = (
             *(tolerance, int(max_iterations), kink_rule, weak_tolerance, bool(polish), reduction, executor),
-            *(None if relaxation is None else float(relaxation), relaxation_mode, bool(sync)),
+            *(None if relaxation is None else float(relaxation), relaxation_mode, bool(sync), selection),
         )
         for name, value in zip(names, values, strict=True):
             object.__setattr__(self, name, value)
@@ -110,6 +124,7 @@ class Settings:
         values: Any = dict(zip(_NAMES, text.split(","), strict=True))
         for name in ("tolerance", "weak_tolerance", "relaxation"):
             values[name] = None if values[name] == "None" else float(values[name])
+        values["selection"] = None if values["selection"] == "None" else values["selection"]
         for name in ("polish", "sync"):
             values[name] = values[name] == "True"
         return Settings(**values | {"max_iterations": int(values["max_iterations"])})

@@ -77,7 +77,7 @@ def test_forward_and_reverse_agree(name: str) -> None:
     assert_adjoint(*function(PROBLEMS[name]))
 
 
-@pytest.mark.parametrize("rule", KINK_RULES)
+@pytest.mark.parametrize("rule", [rule for rule in KINK_RULES if rule != "nan"])
 def test_at_a_kink_every_rule_is_one_linear_map(rule: str) -> None:
     assert_adjoint(*function(PROBLEMS["degenerate"], kink_rule=rule))
 

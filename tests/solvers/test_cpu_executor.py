@@ -549,6 +549,8 @@ def test_kinks_follow_the_rule(size: str, bounds: known.Bounds) -> None:
     weights = cotangents(data, 3)
     found = {}
     for rule in get_args(KinkRule):
+        if rule == "nan":  # see test_adjoint.py
+            continue
         ours, found[rule] = pulled(data, weights, Settings(kink_rule=rule))
         theirs, expected = pulled(data, weights, Settings(kink_rule=rule, executor="torch"))
         assert ours.executor == "cpu:dual"
@@ -556,7 +558,7 @@ def test_kinks_follow_the_rule(size: str, bounds: known.Bounds) -> None:
         assert torch.equal(theirs.weakly_active, problem.weakly_active)
         for piece, gradient in expected.items():
             assert measures.relative(found[rule][piece], gradient) <= GRADIENT_REFERENCE, (rule, piece)
-    assert set(found) == set(KINK_RULES)
+    assert set(found) == set(KINK_RULES) - {"nan"}
     for rule in ("active", "central"):  # they do differ
         assert measures.relative(found[rule]["q"], found["inactive"]["q"]) > 1e-3, rule
 

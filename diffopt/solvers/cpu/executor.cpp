@@ -285,8 +285,8 @@ template <class P, class T> void pull_group(const Call& call, const Places& plac
 }  // namespace
 }  // namespace diffopt
 
-// Writes the gradients of instances [begin, end), which must have been solved by one call; returns 0, or -1 if memory
-// ran out.
+// Writes the gradients of instances [begin, end), which must have been solved by one call; returns how many of them are not
+// to be relied on, or -1 if memory ran out.
 DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradients, int64_t threads, int64_t begin,
                                      int64_t end) {
     const Batch& batch = call->batch;
@@ -305,10 +305,12 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
     const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each)) * group;
     const Index chunks = (end - begin + per_chunk - 1) / per_chunk;
     if (each * static_cast<double>((end - begin) / group) < WORTH_WAKING) threads = 1;
+    std::atomic<int64_t> poor{0};
     std::atomic<bool> failed{false};
     Pool::run(chunks, threads, [&](int64_t chunk) {
         try {
             static thread_local PullbackWork work;
+            work.poor = 0;
             const Index last = std::min<Index>(end, begin + (chunk + 1) * per_chunk);
             for (Index i = begin + chunk * per_chunk; i < last;) {
                 const bool lanes = places.grouped(i);
@@ -319,15 +321,16 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
                 else pull_group<Alone, double>(*call, places, *gradients, i, next, work);
                 i = next;
             }
+            poor += work.poor;
         } catch (...) {
             failed = true;
         }
     });
-    return failed ? -1 : 0;
+    return failed ? -1 : poor.load();
 }
 
 // Applies the derivative of instances [begin, end), which must have been solved by one call, to many vectors of each; see
-// many.hpp. Returns 0, or -1 if memory ran out.
+// many.hpp. Returns as above.
 DIFFOPT_API int64_t diffopt_many(const Call* call, const Gradients* gradients, const Many* many, int64_t threads,
                                  int64_t begin, int64_t end) {
     const Batch& batch = call->batch;
@@ -338,17 +341,20 @@ DIFFOPT_API int64_t diffopt_many(const Call* call, const Gradients* gradients, c
     const Index each = pieces == 0 ? 0 : (many->count + pieces * panel - 1) / (pieces * panel) * panel;
     const double n = static_cast<double>(batch.n), vectors = static_cast<double>(many->count * instances);
     if (8 * n * n * vectors < WORTH_WAKING) threads = 1;
+    std::vector<std::atomic<bool>> poor(static_cast<std::size_t>(instances));
     std::atomic<bool> failed{false};
     Pool::run(instances * pieces, threads, [&](int64_t chunk) {
         try {
             static thread_local PullbackWork work;
             const Index i = begin + chunk / pieces, from = chunk % pieces * each, to = std::min<Index>(many->count, from + each);
             if (from >= to) return;
+            work.poor = 0;
             if (batch.single) pull_many<float>(batch, call->answer, places, *gradients, *many, i, from, to, work);
             else pull_many<double>(batch, call->answer, places, *gradients, *many, i, from, to, work);
+            if (work.poor) poor[static_cast<std::size_t>(i - begin)] = true;
         } catch (...) {
             failed = true;
         }
     });
-    return failed ? -1 : 0;
+    return failed ? -1 : std::count(poor.begin(), poor.end(), true);
 }

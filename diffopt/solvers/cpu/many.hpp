@@ -233,7 +233,7 @@ void pull_many(const Batch& batch, const Answer& answer, const Places& places, c
         Reassembled& again = reassembled<T>(batch, i, sides, work);
         for (const Pull<T>& g : asked) {
             g.clear_vectors();
-            pull_by_sides(g, sides, again);
+            work.poor |= !pull_by_sides(g, sides, again);
         }
         return;
     }

@@ -32,10 +32,13 @@ struct Reassembled {
     }
 };
 
+constexpr double POOR = 1e-6;  // relative residual up to which a derivative's system is solved (diffopt.errors.ADJOINT)
+
 // Scratch of a thread.
 struct PullbackWork {
     std::vector<double> x, y, inv, lanes;
     std::unique_ptr<Reassembled> general;
+    int64_t poor = 0;  // instances whose system could not be solved, and whose gradient is not to be relied on
     Reassembled& get(const Sizes& sizes) {
         if (!general || !(general->problem.k == sizes)) general.reset(), general = std::make_unique<Reassembled>(sizes);
         return *general;
@@ -252,8 +255,8 @@ template <class T> Reassembled& reassembled(const Batch& batch, Index i, const S
     return again;
 }
 
-// The solve with it.
-template <class T> void pull_by_sides(const Pull<T>& g, const Sides& sides, Reassembled& again) {
+// The solve with it; returns whether it can be relied on.
+template <class T> bool pull_by_sides(const Pull<T>& g, const Sides& sides, Reassembled& again) {
     const Index n = g.n, p = g.p, m = g.m;
     Scaled& k = again.problem;
     Saddle& saddle = again.saddle;
@@ -270,13 +273,14 @@ template <class T> void pull_by_sides(const Pull<T>& g, const Sides& sides, Reas
     for (Index r = 0; r < m; r++)
         right[saddle.at_row + r] = g.glam && sides.row[r] != 0 ? k.row[r] * static_cast<double>(g.glam[r]) : 0.0;
     for (Index j = 0; k.k.bounded() && j < n; j++) right[saddle.at_bound + j] = g.bound_in(j, sides.bound[j]) / k.dx[j];
-    saddle.solve_minimum_norm(right, u);
+    const bool solved = saddle.solve_minimum_norm(right, u) <= POOR;
     const double sign = g.forward ? 1 : -1;
     for (Index j = 0; j < n; j++) g.dq[j] = static_cast<T>(sign * u[j] * k.dx[j]);
     for (Index r = 0; r < p; r++) g.db[r] = static_cast<T>(u[saddle.at_eq + r] * k.eq[r] / cost);
     for (Index r = 0; r < m; r++)
         if (sides.row[r] != 0) g.dh[r] += static_cast<T>(u[saddle.at_row + r] * k.row[r] / cost);
     for (Index j = 0; k.k.bounded() && j < n; j++) g.bound_out(j, sides.bound[j], u[saddle.at_bound + j] / (cost * k.dx[j]));
+    return solved;
 }
 
 // What needs no solve: an instance without a record, or without a solution. Returns whether this is one.
@@ -296,7 +300,7 @@ void pull_back(const Batch& batch, const Answer& answer, const Places& places, c
     g.clear_vectors();
     if (kind == ONLY_SIDES) {
         const Sides sides(batch, places.at(answer, i), places.step(i));
-        pull_by_sides(g, sides, reassembled<T>(batch, i, sides, work));
+        work.poor += !pull_by_sides(g, sides, reassembled<T>(batch, i, sides, work));
     } else pull_by_factor(g, work);
     g.write_matrices(work);
 }

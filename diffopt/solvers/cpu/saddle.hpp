@@ -150,10 +150,14 @@ class Saddle {
         return length > 0 ? error / length : 0.0;
     }
 
-    // The shortest u that comes nearest to K u = r, where rows depend on each other; else K^-1 r. r is overwritten.
+    // The shortest u that comes nearest to K u = r, where rows depend on each other; else K^-1 r. r is overwritten. Returns
+    // the relative residual; to it counts what of r's first block, in x, no u can meet (x is not unique then).
     double solve_minimum_norm(double* r, double* u) {
         if (dependent() == 0) return solve_accurately(r, u);
         mask(r);
+        const double length = max_abs(r);
+        double lost = 0;
+        std::copy_n(r, s.np, candidate_);
         for (int i = 0; i < 3; i++) {
             // R (K + R)^-1 keeps what is outside the range of K, and shrinks the rest by delta.
             raw(r, fix_);
@@ -162,7 +166,8 @@ class Saddle {
             shift(part_);
             for (Index j = 0; j < size; j++) r[j] -= part_[j];
         }
-        const double error = solve_accurately(r, u);
+        for (Index j = 0; j < s.np; j++) lost = vmax_nan(std::fabs(candidate_[j] - r[j]), lost);
+        const double error = vmax_nan(solve_accurately(r, u), length > 0 ? lost / length : 0.0);
         for (int i = 0; i < 2; i++) {
             std::copy_n(u, size, fix_);
             shift(fix_);
