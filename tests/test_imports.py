@@ -17,12 +17,24 @@ ALLOWED = {
     "backends": GROUND | {"problems", "solvers", "kkt", "backends"},
     "transforms": GROUND | {"problems"},
     "implicit": GROUND | {"problems", "kkt", "transforms"},
-    "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "implicit"},
-    "infeasible": GROUND | {"problems", "kkt", "backends", "implicit"},
+    "transformed": GROUND | {"problems", "kkt", "transforms", "implicit"},
+    "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
+    "infeasible": GROUND | {"problems", "kkt", "backends", "transforms", "implicit"},
     "selected": GROUND | {"problems", "solvers", "kkt", "implicit", "relaxed"},
-    "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
+    "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit", "relaxed"},
     "layer": GROUND
-    | {"problems", "solvers", "backends", "transforms", "implicit", "infeasible", "relaxed", "selected", "operators"},
+    | {
+        "problems",
+        "solvers",
+        "backends",
+        "transforms",
+        "implicit",
+        "transformed",
+        "infeasible",
+        "relaxed",
+        "selected",
+        "operators",
+    },
     "check": GROUND
     | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "selected", "layer", "check"},
 } | {name: GROUND for name in GROUND}
