@@ -419,6 +419,7 @@ def _unmapped(form: Form, solve: Callable[[Form], Solution]) -> Solution:
         backend=whole.backend,
         executor=whole.executor,
         gradient=whole.gradient,
+        selection=whole.selection,
         gradient_residual=rest[0] if rest else None,
         _value=value,
     )

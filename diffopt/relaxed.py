@@ -79,7 +79,7 @@ def _problem(
 
     def barrier(plain: Form) -> Found:
         assert isinstance(plain, BarrierForm)
-        return central(plain, bad, weak)
+        return central_point(plain, bad, settings.kink_rule, weak)
 
     return BarrierForm(exact, size), barrier
 
@@ -179,10 +179,10 @@ def check(form: Form) -> None:
     )
 
 
-def central(plain: BarrierForm, bad: Tensor, weak_tolerance: float) -> Found:
+def central_point(plain: BarrierForm, bad: Tensor, kink_rule: str, weak_tolerance: float) -> Found:
     """Solve a barrier problem on plain tensors; ``bad`` ``(*batch,)``: instances that are left out."""
     found, residual = _central(plain)
-    return _prepared(plain, found, residual, bad, "inactive", weak_tolerance)
+    return _prepared(plain, found, residual, bad, kink_rule, weak_tolerance)
 
 
 def _central(plain: BarrierForm) -> tuple[kkt.Solved, Tensor]:

@@ -171,6 +171,6 @@ def _centre(face: QPForm, idle: Tensor, settings: Settings) -> _Second:
     plain = problem.detach()
     assert isinstance(plain, BarrierForm)
     with torch.no_grad():
-        found = relaxed.central(plain, idle, settings.weak_tolerance_for(torch.float64))
+        found = relaxed.central_point(plain, idle, settings.kink_rule, settings.weak_tolerance_for(torch.float64))
     none = torch.zeros_like(idle, dtype=torch.int64)
     return _Second(implicit.attach(problem, found.prepared).x, ~found.failed, none, none, "torch")

@@ -195,6 +195,8 @@ def test_where_it_goes_and_where_not() -> None:
     def x(b: Tensor) -> Tensor:
         return edge(b, lower, upper, "minimum_norm", "auto").x
 
+    named = torch.func.vmap(lambda b: edge(b, lower, upper, "minimum_norm", "auto"))(b)
+    assert named.selection == "minimum_norm"
     assert torch.allclose(torch.func.vmap(x)(b), torch.stack([x(one) for one in b]))
     with pytest.raises(diffopt.NotDifferentiableError, match="because it looks at values"):
         torch.func.jacrev(x)(b[0])
