@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from diffopt.errors import NotDifferentiableError
 from diffopt.problems.forms import Form
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -48,6 +49,32 @@ def under_reverse_mode_alone(tensors: Iterable[Tensor]) -> list[Tensor] | None:
 def wrapped(tensor: Tensor) -> bool:
     """Return whether a transform wraps a tensor: compiled code cannot look inside."""
     return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+
+
+def mapped_first(tensor: Tensor, lead: int, core: int) -> Tensor:
+    """Return what is inside a tensor that the innermost vmap maps, the mapped dimension before as many batch dimensions
+    as ``lead`` says and the ``core`` ones of an instance; other tensors as they are."""
+    if not mapped_here(tensor):
+        return tensor
+    inside = _functorch.get_unwrapped(tensor).movedim(_functorch.maybe_get_bdim(tensor), 0)
+    own = inside.shape[1 : inside.dim() - core]
+    return inside.reshape(len(inside), *[1] * (lead - len(own)), *own, *inside.shape[inside.dim() - core :])
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """Return what is inside the wrappers of derivatives.
+
+    Raises:
+        NotDifferentiableError: a vmap maps the tensor.
+    """
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            raise NotDifferentiableError(
+                "A `start` that torch.func.vmap maps goes with data that the same vmap maps, and not inside a derivative "
+                "inside it. Pass the batch as leading dimensions instead, or leave `start` out."
+            )
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 class Call(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 import diffopt
 
 ROOT = Path(diffopt.__file__).parent
-GROUND = {"errors", "living", "shapes", "precision", "solution", "cones", "linalg", "_version"}
+GROUND = {"errors", "living", "shapes", "precision", "solution", "cones", "linalg", "warm_start", "_version"}
 ALLOWED = {
     "problems": GROUND | {"problems"},
     "solvers": GROUND | {"solvers"},

@@ -17,6 +17,7 @@ from diffopt.living import Living
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import ALMOST, Certificate, Residuals, Status
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 AnyForm = TypeVar("AnyForm", bound=Form)
 
@@ -33,6 +34,8 @@ class Capabilities:
         batched: solves a batch at once rather than one instance at a time.
         accuracy: relative residual that it ordinarily reaches in float64.
         priority: ``backend="auto"`` takes the supporting backend with the highest.
+        warm_start: makes use of an earlier solution: ``_solve(form, settings, start)``, where ``start`` is a
+            `diffopt.warm_start.Start` that fits the form, or ``None``. Other backends never see one, and solve as ever.
     """
 
     forms: tuple[type[Form], ...] = (QPForm,)
@@ -42,6 +45,7 @@ class Capabilities:
     batched: bool = False
     accuracy: float = 1e-9
     priority: int = 0
+    warm_start: bool = False
 
 
 @dataclass
@@ -109,16 +113,18 @@ class Backend(Living, ABC):
             return f"does not take {form.dtype}"
         return None
 
-    def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
+    def solve(self, form: Form, settings: Settings, keep: bool = False, start: Start | None = None) -> kkt.Solved:
         """Solve a batch, recompute the residuals from the original data, and correct the status.
 
         Args:
             form: the problem; called where no graph is recorded.
             settings: see `Settings`.
             keep: whether a pullback will be of use.
+            start: an earlier solution that fits the form; used by backends that can (`Capabilities`).
         """
         form = form.detach()
-        raw = self._solve(form, settings)
+        solve: Callable[..., RawPoint] = self._solve
+        raw = solve(form, settings, start) if self.can.warm_start else solve(form, settings)
         s = -form.inequalities(raw.x) if raw.s is None else raw.s
         s = s + form.cone.violation(s)  # in the cone; what was outside counts as primal residual
         point = kkt.Point(raw.x, s, raw.nu, raw.lam, raw.lam_lower, raw.lam_upper)

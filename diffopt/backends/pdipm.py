@@ -16,6 +16,7 @@ from diffopt.solution import Certificate, Status
 from diffopt.solvers import cpu_executor, cuda_executor, pdipm
 from diffopt.solvers.executor import Answer, Data, Executor
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 
 @register("pdipm")
@@ -28,9 +29,16 @@ class PdipmBackend(Backend):
     its neighbours are.
     """
 
-    can = Capabilities(forms=(QPForm,), devices=frozenset({"cpu", "cuda"}), batched=True, accuracy=1e-9, priority=100)
+    can = Capabilities(
+        forms=(QPForm,),
+        devices=frozenset({"cpu", "cuda"}),
+        batched=True,
+        accuracy=1e-9,
+        priority=100,
+        warm_start=True,
+    )
 
-    def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
+    def solve(self, form: Form, settings: Settings, keep: bool = False, start: Start | None = None) -> kkt.Solved:
         """Solve a batch; see `Backend.solve`. A compiled executor recomputes the residuals itself."""
         assert isinstance(form, QPForm)
         data = Data(form.Q, form.q, form.A, form.b, form.G, form.h, form.lower, form.upper, form.batch_shape)
@@ -43,9 +51,9 @@ class PdipmBackend(Backend):
             notes["pdipm"] = plan = _Plan(settings, executor, _tolerance(form, settings), weak)
         executor = plan.executor
         if executor is None:
-            return super().solve(form, settings)
-        answer = executor.solve(data, settings, plan.tolerance, plan.weak_tolerance, keep)
-        others = () if answer.unsolved == 0 else self._solve_rest(form, settings, answer)
+            return super().solve(form, settings, start=start)
+        answer = executor.solve(data, settings, plan.tolerance, plan.weak_tolerance, keep, start)
+        others = () if answer.unsolved == 0 else self._solve_rest(form, settings, answer, start)
         name = "+".join([answer.name, *sorted({one.executor for _, one in others})]) if others else answer.name
         found = kkt.Solved(
             kkt.Point(answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper),
@@ -54,7 +62,9 @@ class PdipmBackend(Backend):
         )  # fmt: skip
         return found._replace(pullback=_pullback(executor, data, answer)) if keep else found
 
-    def _solve_rest(self, form: QPForm, settings: Settings, answer: Answer) -> tuple[tuple[int, kkt.Solved], ...]:
+    def _solve_rest(
+        self, form: QPForm, settings: Settings, answer: Answer, start: Start | None
+    ) -> tuple[tuple[int, kkt.Solved], ...]:
         """Solve what the executor left by torch operations, into its answer; return each on its own, too."""
         shape = form.batch_shape
         count = shape.numel()
@@ -62,7 +72,8 @@ class PdipmBackend(Backend):
         residuals, counts = answer.residuals.view(3, count), answer.counts.view(3, count)
         others = []
         for index in (flat[6] == Status.UNSOLVED).nonzero().flatten().tolist():
-            found = super().solve(form.instance(index), settings)
+            near = None if start is None else start.instance(index, shape)
+            found = super().solve(form.instance(index), settings, start=near)
             x, s, nu, lam, lower, upper = found.point
             for target, value in zip(flat, (x, s, lam, nu, lower, upper, found.status), strict=True):
                 target[index] = value
@@ -72,7 +83,7 @@ class PdipmBackend(Backend):
             others.append((index, found))
         return tuple(others)
 
-    def _solve(self, form: Form, settings: Settings) -> RawPoint:
+    def _solve(self, form: Form, settings: Settings, start: Start | None = None) -> RawPoint:
         assert isinstance(form, QPForm)
 
         def double(tensor: Tensor | None) -> Tensor | None:
@@ -89,7 +100,8 @@ class PdipmBackend(Backend):
             double(form.upper),
             form.batch_shape,
         )
-        result = pdipm.solve(data, settings, _tolerance(form, settings))
+        near = None if start is None else Start(*(v.double() for v in start.expand(form.batch_shape)))
+        result = pdipm.solve(data, settings, _tolerance(form, settings), near)
         x, nu, lam, lam_lower, lam_upper, s = (v.to(form.dtype) for v in result[:6])
         certificate = None if result.ray is None else Certificate(*(v.to(form.dtype) for v in result.ray))
         return RawPoint(

@@ -24,6 +24,7 @@ from diffopt.solution import ALMOST, Certificate, Status
 from diffopt.solvers import library
 from diffopt.solvers.executor import Answer, Data, Executor
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 LANES_UP_TO = 32
 """Variables, and constraints, up to which a problem takes one lane of a register rather than all of them."""
@@ -35,7 +36,8 @@ MOST_LAYOUTS = 1000
 """Combinations of shapes that are remembered."""
 
 _REDUCTIONS = {"auto": 0, "dual": 1, "diagonal": 2, "primal": 3}
-_CALL = struct.Struct("25q14q4d6q")
+_NO_START = (0,) * 5
+_CALL = struct.Struct("30q14q4d6q")
 _GRADIENTS = struct.Struct("15q")
 _COUNT = (1 << 40) - 1
 _WAYS = {1: "dual", 2: "diagonal", 4: "primal"}
@@ -132,8 +134,17 @@ class CpuExecutor(Executor):
             return f"does not know {type(data.Q).__name__}"
         return None
 
-    def solve(self, data: Data, settings: Settings, tolerance: float, weak_tolerance: float, keep: bool) -> Answer:
+    def solve(
+        self,
+        data: Data,
+        settings: Settings,
+        tolerance: float,
+        weak_tolerance: float,
+        keep: bool,
+        start: Start | None = None,
+    ) -> Answer:
         """See `Executor`."""
+        near = None if start is None else start.expand(data.batch)
         layout = self._layout(data)
         kept, pointers = layout.pointers(data)
         count, (n, p, m), batch, q = layout.count, layout.sizes, data.batch, data.q
@@ -152,6 +163,7 @@ class CpuExecutor(Executor):
         claim = settings.tolerance_for(q.dtype)
         call = _CALL.pack(
             count, n, p, m, layout.rank, layout.hessian, layout.single, *pointers, *layout.strides,
+            *(_NO_START if near is None else map(_pointer, near)),
             x.data_ptr(), s.data_ptr(), lam.data_ptr(), nu.data_ptr(), lower.data_ptr(), upper.data_ptr(),
             status.data_ptr(), at, at + 8 * count, at + 16 * count, residuals.data_ptr(), at_saved, at_once, size,
             tolerance, weak_tolerance, claim, max(ALMOST, claim), settings.max_iterations,
@@ -314,7 +326,7 @@ class _Layout:
         known = self._saved.get(key)
         if known is None:
             call = _CALL.pack(
-                self.count, *self.sizes, self.rank, self.hessian, 0, *self.present, *self.strides, *[0] * 14,
+                self.count, *self.sizes, self.rank, self.hessian, 0, *self.present, *self.strides, *_NO_START, *[0] * 14,
                 0.0, 0.0, 0.0, 0.0, 0, _REDUCTIONS[settings.reduction], settings.polish, 0, 0, LANES_UP_TO,
             )  # fmt: skip
             known = self._saved[key] = handle.diffopt_saved_size(call, 0), handle.diffopt_saved_size(call, 1)

@@ -29,7 +29,8 @@ class Outcome(NamedTuple):
     """Where the iteration ended, per instance.
 
     ``residual``: worst relative residual of ``state``; ``iterations``; ``primal_infeasible`` and
-    ``dual_infeasible``: ``state`` holds a direction that proves it; ``failed``: linear algebra broke down.
+    ``dual_infeasible``: ``state`` holds a direction that proves it; ``failed``: linear algebra broke down; ``limited``:
+    the last iteration that was allowed has been made.
     """
 
     state: State
@@ -38,6 +39,12 @@ class Outcome(NamedTuple):
     primal_infeasible: Tensor
     dual_infeasible: Tensor
     failed: Tensor
+    limited: Tensor
+
+    def where(self, mask: Tensor, other: Outcome) -> Outcome:
+        """Return self where ``mask`` ``(*batch,)`` holds, else other."""
+        rest = (torch.where(mask, a, b) for a, b in zip(self[1:], other[1:], strict=True))
+        return Outcome(self.state.where(mask, other.state), *rest)
 
 
 def solve(
@@ -48,6 +55,7 @@ def solve(
     max_iterations: int,
     bounded: bool = False,
     hold: bool = False,
+    begin: State | None = None,
 ) -> Outcome:
     """Solve the instances marked in ``run`` by Mehrotra's predictor-corrector method.
 
@@ -63,6 +71,7 @@ def solve(
         bounded: the objective is known to be strictly convex, so unboundedness is not looked for.
         hold: give every row an equation of its own in the n x n form. Slower; does not lose flat directions of Q
             where weights are large.
+        begin: the first iterate, inside the cone; by default that of `start`.
 
     References:
         Mehrotra (1992), "On the implementation of a primal-dual interior point method"; for QPs and
@@ -73,7 +82,7 @@ def solve(
     """
     # The n x n form loses what stands between its smallest and largest weight; the others need no refinement.
     refinements = 2 if system.reduction == "primal" else 0
-    state = start(qp, system, hold)
+    state = start(qp, system, hold) if begin is None else begin
     shape = qp.batch
     best, best_residual = state, torch.full(shape, torch.inf, dtype=qp.q.dtype, device=qp.q.device)
     stopped = ~run.expand(shape)
@@ -129,7 +138,8 @@ def solve(
         stalled = torch.where(alpha < 1e-4, stalled + 1, 0)
         last_mu = mu
 
-    return Outcome(best, best_residual, iterations, primal_infeasible, dual_infeasible, failed)
+    limited = iterations >= max_iterations
+    return Outcome(best, best_residual, iterations, primal_infeasible, dual_infeasible, failed, limited)
 
 
 def start(qp: ScaledQP, system: Saddle, hold: bool = False) -> State:

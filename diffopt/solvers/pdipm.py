@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,12 @@ from diffopt.linalg.matrices import Dense
 from diffopt.linalg.saddle import Factor, Saddle
 from diffopt.linalg.scaling import Scaling, regularisation
 from diffopt.solution import Status
-from diffopt.solvers import certificates, interior_point
+from diffopt.solvers import certificates, interior_point, warm
 from diffopt.solvers.executor import Data
 from diffopt.solvers.polish import Polished, active_rows, polish
 from diffopt.solvers.scaled_qp import ScaledQP, State
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 SAFE_CONDITION = 1e8
 """Estimated condition of Q up to which it is eliminated first (residuals stall above: at 1e10 near 1e-7)."""
@@ -66,20 +68,22 @@ class Screen(NamedTuple):
     crossed: Tensor
 
 
-def solve(data: Data, settings: Settings, tolerance: float) -> Result:
+def solve(data: Data, settings: Settings, tolerance: float, start: Start | None = None) -> Result:
     """Solve a batch of convex quadratic programs; one status per instance, nothing raised for values.
 
     Args:
         data: float64 tensors without a graph.
         settings: limits and choices; ``tolerance`` in its place for the residuals.
+        start: an earlier solution, in float64 and with all batch dimensions.
     """
     screened, nonfinite, crossed = screen(data)
     run = ~(nonfinite | crossed)
     qp = scale(screened)
-    outcome, parts = _solve_scaled(qp, run, settings, tolerance)
+    near = None if start is None else warm.near(qp, start)
+    outcome, parts = _solve_scaled(qp, run, settings, tolerance, near=near)
     state = outcome.state
     # What stopped before its last iteration broke down or made no more progress.
-    limit = (outcome.iterations >= settings.max_iterations) & ~outcome.failed
+    limit = outcome.limited & ~outcome.failed
     status = torch.where(limit, int(Status.MAX_ITERATIONS), int(Status.NUMERICAL_ERROR))
     solved = run & (outcome.residual <= tolerance)
     ray = None
@@ -155,11 +159,16 @@ def _strictly_convex(qp: ScaledQP) -> Tensor:
 
 
 def _solve_scaled(
-    qp: ScaledQP, run: Tensor, settings: Settings, tolerance: float, thorough: bool = True
+    qp: ScaledQP,
+    run: Tensor,
+    settings: Settings,
+    tolerance: float,
+    thorough: bool = True,
+    near: warm.Near | None = None,
 ) -> tuple[interior_point.Outcome, tuple[ActiveSystem | None, str]]:
     """Solve the marked instances; return the outcome, and (system, reduction).
 
-    ``thorough``: try those that stay unsolved once more, by a slower elimination.
+    ``thorough``: try those that stay unsolved once more, by a slower elimination. ``near``: an earlier solution.
     """
     first, safe = choose_reduction(qp, settings.reduction)
     groups = [(first, run & safe), ("primal", run & ~safe)]
@@ -172,18 +181,14 @@ def _solve_scaled(
             group = group & ~_nonconvex(qp)
         saddle = Saddle(qp.Q, qp.A, qp.G, reduction, regularisation(qp.scaling, reduction))
         convex = saddle.reduction != "primal"
-        outcome, done = _attempt(qp, saddle, group, settings, tolerance, convex, hold=False)
+        attempt = _attempt if near is None else partial(_attempt_near, near)
+        outcome, done = attempt(qp, saddle, group, settings, tolerance, convex, hold=False)
         if thorough and reduction == "primal":
             lost = group & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
             if bool(lost.any()):
                 again, second = _attempt(qp, saddle, lost, settings, tolerance, convex, hold=True)
                 better = lost & (again.residual < outcome.residual)
-                rest = [torch.where(better, a, b) for a, b in zip(again[1:], outcome[1:], strict=True)]
-                outcome = interior_point.Outcome(again.state.where(better, outcome.state), *rest)
-                if done is not None and second is not None:
-                    active = torch.where(better.unsqueeze(-1), second.active, done.active)
-                    factor = saddle.factor(active_rows(qp, active), final=True)
-                    done = done._replace(active=active, factor=factor)
+                outcome, done = _either(qp, saddle, better, (again, second), (outcome, done))
         if done is not None and len(groups) == 1:
             row, lower, upper = qp.split(done.active)
             system = ActiveSystem(
@@ -193,17 +198,61 @@ def _solve_scaled(
     _, name, merged = outcomes[0]
     for group, reduction, outcome in outcomes[1:]:
         name = f"{name}+{reduction}"
-        state = outcome.state.where(group, merged.state)
-        rest = [torch.where(group, a, b) for a, b in zip(outcome[1:], merged[1:], strict=True)]
-        merged = interior_point.Outcome(state, *rest)
+        merged = outcome.where(group, merged)
     return merged, (system, name)
+
+
+Attempt = tuple[interior_point.Outcome, Polished | None]
+
+
+def _either(qp: ScaledQP, saddle: Saddle, where: Tensor, one: Attempt, other: Attempt) -> Attempt:
+    """Return ``one`` where ``where`` ``(*batch,)`` holds, else ``other``."""
+    outcome, first, second = one[0].where(where, other[0]), one[1], other[1]
+    if first is None or second is None:
+        return outcome, second
+    active = torch.where(where.unsqueeze(-1), first.active, second.active)
+    return outcome, second._replace(active=active, factor=saddle.factor(active_rows(qp, active), final=True))
 
 
 def _attempt(
     qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool, hold: bool
-) -> tuple[interior_point.Outcome, Polished | None]:
+) -> Attempt:
     """Iterate, and polish if that is wanted."""
     outcome = interior_point.solve(qp, saddle, run, tolerance, settings.max_iterations, bounded=convex, hold=hold)
+    return _polished(qp, saddle, run, settings, outcome)
+
+
+def _attempt_near(
+    near: warm.Near, qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool,
+    hold: bool,
+) -> Attempt:  # fmt: skip
+    """Solve what can be solved from an earlier solution, and the rest as if there were none."""
+    attempts: list[tuple[Tensor, Attempt]] = []
+    all_served, spent = torch.zeros_like(run), torch.zeros(qp.batch, dtype=torch.int64, device=qp.q.device)
+    if settings.polish:
+        done = warm.by_active_set(qp, saddle, near, run, tolerance)
+        served = run & done.accepted & (done.residual <= tolerance)
+        residual, none = torch.where(served, done.residual, torch.inf), torch.zeros_like(served)
+        attempts.append((served, (interior_point.Outcome(done.state, residual, spent, *[none] * 4), done)))
+        all_served = served
+    rest = run & near.usable & ~all_served
+    if bool(rest.any()):
+        outcome = warm.from_near(qp, saddle, near, rest, tolerance, settings.max_iterations, convex)
+        outcome, done = _polished(qp, saddle, rest, settings, outcome)
+        served = rest & (outcome.residual <= tolerance)
+        attempts.append((served, (outcome, done)))
+        all_served, spent = all_served | served, torch.where(rest, outcome.iterations, 0)
+    # (Those that are not to be solved are in the last outcome too: as they would be without a start.)
+    if not bool(all_served.all()):
+        outcome, done = _attempt(qp, saddle, run & ~all_served, settings, tolerance, convex, hold)
+        attempts.append((run & ~all_served, (outcome._replace(iterations=outcome.iterations + spent), done)))
+    _, found = attempts[-1]
+    for served, attempt in attempts[:-1]:
+        found = _either(qp, saddle, served, attempt, found)
+    return found
+
+
+def _polished(qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, outcome: interior_point.Outcome) -> Attempt:
     if not settings.polish:
         return outcome, None
     # An active set can be right long before the point is; whether it is, the polish finds out.

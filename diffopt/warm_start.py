@@ -1,0 +1,93 @@
+"""Where a solve may begin: an earlier solution, which saves steps and changes no answer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import DeviceError, DtypeError, ParameterError, ShapeError
+
+
+class Start(NamedTuple):
+    """A point and its multipliers, with the signs of `diffopt.Solution`; detached.
+
+    x, lam_lower, lam_upper ``(*batch, n)``; nu ``(*batch, p)``; lam ``(*batch, m)``. The batch dimensions are those of
+    the problem, or broadcast to them. An instance with NaN or infinity in any of them begins without a start.
+    """
+
+    x: Tensor
+    nu: Tensor
+    lam: Tensor
+    lam_lower: Tensor
+    lam_upper: Tensor
+
+    def expand(self, batch: torch.Size) -> Start:
+        """Return the same with all batch dimensions, contiguous."""
+        return Start(*(v.expand(*batch, v.shape[-1]).contiguous() for v in self))
+
+    def instance(self, index: int, batch: torch.Size) -> Start:
+        """Return the start of one instance of the flattened batch."""
+        return Start(*(v.expand(*batch, v.shape[-1]).reshape(batch.numel(), v.shape[-1])[index] for v in self))
+
+    def finite(self) -> Tensor:
+        """Return where a start is usable, ``(*batch,)``."""
+        return torch.stack([torch.isfinite(v).all(-1) for v in self]).all(0)
+
+
+def read(start: Any) -> Start:
+    """Take what a start needs from a solution; instances that were not solved get NaN.
+
+    Args:
+        start: a `diffopt.Solution`, or anything with x, nu, lam, lam_lower and lam_upper (and ``ok``, if it knows).
+
+    Raises:
+        ParameterError: something of it is missing, or no tensor.
+    """
+    values = {name: getattr(start, name, None) for name in Start._fields}
+    missing = [name for name, value in values.items() if not isinstance(value, Tensor)]
+    if missing:
+        raise ParameterError(
+            f"`start` is {type(start).__name__} without {', '.join(f'tensor `{name}`' for name in missing)}. Expected "
+            f"a diffopt.Solution, such as an earlier layer.solve(...) has returned, or an object with "
+            f"{', '.join(Start._fields)}."
+        )
+    x, *others = (value.detach() for value in values.values())
+    ok = getattr(start, "ok", None)
+    if isinstance(ok, Tensor):
+        x = torch.where(ok.unsqueeze(-1), x, torch.nan)
+    return Start(x, *others)
+
+
+def fitted(
+    start: Start, batch: torch.Size, sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Start:
+    """Return a start after a check that it fits a problem.
+
+    Args:
+        batch, dtype, device: of the problem; sizes: (n, p, m).
+
+    Raises:
+        ShapeError, DtypeError, DeviceError.
+    """
+    n, p, m = sizes
+    for name, value, size in zip(Start._fields, start, (n, p, m, n, n), strict=True):
+        lead = value.shape[:-1]
+        fits = value.dim() and value.shape[-1] == size and len(lead) <= len(batch)
+        if not fits or any(a not in (1, b) for a, b in zip(reversed(lead), reversed(batch), strict=False)):
+            raise ShapeError(
+                f"`start.{name}` has shape {tuple(value.shape)}. Expected (*batch, {size}) with batch dimensions that are "
+                f"those of the problem, {tuple(batch)}, or broadcast to them. Pass the solution of a problem of the same "
+                f"sizes, or leave `start` out."
+            )
+        if value.dtype != dtype:
+            raise DtypeError(
+                f"`start.{name}` is {value.dtype}, the data is {dtype}. Pass a solution of the same dtype, or leave `start` out."
+            )
+        if value.device != device:
+            raise DeviceError(
+                f"`start.{name}` is on {value.device}, the data is on {device}. Pass a solution on the same device, or "
+                f"leave `start` out."
+            )
+    return start
