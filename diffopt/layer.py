@@ -75,9 +75,9 @@ class Layer(nn.Module):
             )
         if "start" in problem.given_names():
             raise ParameterError(
-                f"{type(problem).__name__} has a parameter `start`, but calls of a layer take an earlier solution under "
-                f"this name. Give the parameter another name; or declare it learned or fixed; or use diffopt.solve, which "
-                f"takes parameters apart from `start`."
+                f"{type(problem).__name__} has a parameter `start`, but calls of a layer take an earlier solution "
+                f"under this name. Give the parameter another name, declare it learned or fixed, or use "
+                f"diffopt.solve, which takes the parameters apart from `start`."
             )
         self.problem = problem
         self.backend = _checked_backend(backend)
@@ -111,11 +111,11 @@ class Layer(nn.Module):
 
         Args:
             ordered: the first of the parameters below, in the order of ``problem.given_names()``.
-            start: an earlier `Solution` of a problem like this one (or anything with x, nu, lam, lam_lower and lam_upper),
-                with the same batch dimensions or some that broadcast to them. It saves steps where little has changed:
-                first its active set is tried, then the method is begun near it, then without it. It changes no
-                status, and no solution that is unique; no gradient flows into it. Instances that were not
-                solved begin without. Backends that make no use of it ignore it.
+            start: an earlier `Solution` of a problem of the same sizes (or anything with x, nu, lam, lam_lower and
+                lam_upper), with the same batch dimensions or some that broadcast to them. It saves steps where
+                little has changed: each instance first tries its active set, then begins the method near it,
+                then without it. It changes no status, and no solution that is unique; no gradient flows into it.
+                Instances of it that were not solved are left out. A backend that has no use for it ignores it.
             given: the parameters that the problem does not declare learned or fixed, by name (and weights of `Elastic`
                 constraints that are declared so); batch dimensions lead and broadcast, a tensor without them is shared.
 
@@ -275,8 +275,8 @@ def _solve_form(
 def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy, near: Start | None) -> None:
     if near is not None:
         raise SettingsError(
-            f"`start` and on_infeasible={policy!r} do not go together: other problems than this one are solved then, of "
-            f"which the start says nothing. Leave `start` out."
+            f"`start` and on_infeasible={policy!r} do not go together: other problems than this one are solved "
+            f"then, of which the start says nothing. Leave `start` out."
         )
     if policy == "closest" and settings.relaxation is not None:
         raise SettingsError(
@@ -302,7 +302,7 @@ def _attached(
             "Settings(relaxation=...) does not go inside torch.compile or torch.export yet. Call the layer outside."
         )
     if any(map(transforms.mapped_here, form.tensors().values())):
-        return _unmapped(form, near, lambda inner, near: _solve_form(inner, backend, settings, on_failure, start=near)), True
+        return _mapped(form, backend, settings, on_failure, near), True
     solution, reported = _exactly(form, backend, settings, on_failure, near)
     if not implicit.needs_graph(form):
         return solution, reported
@@ -332,7 +332,7 @@ def _exactly(
 def _fitted(near: Start | None, form: Form) -> Start | None:
     if near is None:
         return None
-    return warm_start.fitted(near, form.batch_shape, (form.n, form.p, form.m), form.dtype, form.device)
+    return warm_start.fitted(near, form)
 
 
 def _plainly(form: Form, work: Callable[[Form], Any]) -> Any:
@@ -369,7 +369,7 @@ def _transformed(
     """
     tensors = form.tensors().values()
     if any(map(transforms.mapped_here, tensors)):
-        return _unmapped(form, near, lambda inner, near: _solve_form(inner, backend, settings, on_failure, start=near))
+        return _mapped(form, backend, settings, on_failure, near)
     # The derivative of one instance is many right-hand sides of one small system.
     alone = form.batch_shape.numel() == 1 and transforms.under_reverse_mode_alone(tensors)
     bare = None if near is None else Start(*map(transforms.bare, near))
@@ -398,14 +398,16 @@ def _transformed(
 _FIELDS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status")
 
 
-def _unmapped(form: Form, near: Start | None, solve: Callable[[Form, Start | None], Solution]) -> Solution:
+def _mapped(
+    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
+) -> Solution:
     """Solve with the dimension that the innermost vmap maps as the first batch dimension."""
     lead = len(form.batch_shape)
     inside = None if near is None else Start(*(transforms.mapped_first(v, lead, 1) for v in near))
     done: list[Solution] = []
 
     def run(inner: Form) -> tuple[Tensor, ...]:
-        solution = solve(inner, inside)
+        solution = _solve_form(inner, backend, settings, on_failure, start=inside)
         done.append(solution)
         certificate = () if solution.certificate is None else solution.certificate
         relaxation = () if solution.gradient_residual is None else (solution.gradient_residual,)

@@ -70,8 +70,8 @@ def bare(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):
             raise NotDifferentiableError(
-                "A `start` that torch.func.vmap maps goes with data that the same vmap maps, and not inside a derivative "
-                "inside it. Pass the batch as leading dimensions instead, or leave `start` out."
+                "A `start` that torch.func.vmap maps goes with data that the same vmap maps, and not into a derivative "
+                "inside of it. Pass the batch as leading dimensions instead, or leave `start` out."
             )
         tensor = _functorch.get_unwrapped(tensor)
     return tensor

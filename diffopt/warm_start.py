@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,34 +60,41 @@ def read(start: Any) -> Start:
     return Start(x, *others)
 
 
-def fitted(
-    start: Start, batch: torch.Size, sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> Start:
-    """Return a start after a check that it fits a problem.
+class Problem(Protocol):
+    """What of a form a start has to fit."""
 
-    Args:
-        batch, dtype, device: of the problem; sizes: (n, p, m).
+    n: int
+    p: int
+    m: int
+    batch_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def fitted(start: Start, form: Problem) -> Start:
+    """Return a start after a check that it fits a form.
 
     Raises:
         ShapeError, DtypeError, DeviceError.
     """
-    n, p, m = sizes
-    for name, value, size in zip(Start._fields, start, (n, p, m, n, n), strict=True):
+    batch, dtype, device = form.batch_shape, form.dtype, form.device
+    for name, value, size in zip(Start._fields, start, (form.n, form.p, form.m, form.n, form.n), strict=True):
         lead = value.shape[:-1]
         fits = value.dim() and value.shape[-1] == size and len(lead) <= len(batch)
         if not fits or any(a not in (1, b) for a, b in zip(reversed(lead), reversed(batch), strict=False)):
             raise ShapeError(
-                f"`start.{name}` has shape {tuple(value.shape)}. Expected (*batch, {size}) with batch dimensions that are "
-                f"those of the problem, {tuple(batch)}, or broadcast to them. Pass the solution of a problem of the same "
-                f"sizes, or leave `start` out."
+                f"`start.{name}` has shape {tuple(value.shape)}. Expected (*batch, {size}) with the batch dimensions "
+                f"of the problem, {tuple(batch)}, or some that broadcast to them. Pass the solution of a problem of "
+                f"the same sizes, or leave `start` out."
             )
         if value.dtype != dtype:
             raise DtypeError(
-                f"`start.{name}` is {value.dtype}, the data is {dtype}. Pass a solution of the same dtype, or leave `start` out."
+                f"`start.{name}` is {value.dtype}, the data is {dtype}. Pass a solution of the same dtype, or leave "
+                f"`start` out."
             )
         if value.device != device:
             raise DeviceError(
-                f"`start.{name}` is on {value.device}, the data is on {device}. Pass a solution on the same device, or "
+                f"`start.{name}` is on {value.device}, the data on {device}. Pass a solution on the same device, or "
                 f"leave `start` out."
             )
     return start

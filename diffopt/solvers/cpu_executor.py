@@ -326,7 +326,8 @@ class _Layout:
         known = self._saved.get(key)
         if known is None:
             call = _CALL.pack(
-                self.count, *self.sizes, self.rank, self.hessian, 0, *self.present, *self.strides, *_NO_START, *[0] * 14,
+                self.count, *self.sizes, self.rank, self.hessian, 0, *self.present, *self.strides,
+                *_NO_START, *[0] * 14,
                 0.0, 0.0, 0.0, 0.0, 0, _REDUCTIONS[settings.reduction], settings.polish, 0, 0, LANES_UP_TO,
             )  # fmt: skip
             known = self._saved[key] = handle.diffopt_saved_size(call, 0), handle.diffopt_saved_size(call, 1)

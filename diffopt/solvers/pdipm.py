@@ -252,7 +252,9 @@ def _attempt_near(
     return found
 
 
-def _polished(qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, outcome: interior_point.Outcome) -> Attempt:
+def _polished(
+    qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, outcome: interior_point.Outcome
+) -> Attempt:
     if not settings.polish:
         return outcome, None
     # An active set can be right long before the point is; whether it is, the polish finds out.

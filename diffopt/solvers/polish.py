@@ -25,9 +25,7 @@ class Polished(NamedTuple):
     factor: Factor
 
 
-def polish(
-    qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Tensor, rounds: int = ROUNDS
-) -> Polished:
+def polish(qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Tensor, rounds: int = ROUNDS) -> Polished:
     """Solve for the point where the active rows hold with equality and the others have no multiplier.
 
     The active set is read in equilibrated units, z > s. A row whose multiplier or slack then

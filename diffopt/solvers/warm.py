@@ -68,7 +68,9 @@ def from_near(
     """Iterate from near the earlier solution, where all products s z are at least its error on the new data."""
     x, nu, y, _, z = at.state
     slack = qp.d - qp.apply_C(x)
-    worst = torch.maximum(max_abs(qp.Q.matvec(x) + qp.q + rmatvec(qp.A, nu) + qp.apply_Ct(z, y)), max_abs(matvec(qp.A, x) - qp.b))
+    worst = torch.maximum(
+        max_abs(qp.Q.matvec(x) + qp.q + rmatvec(qp.A, nu) + qp.apply_Ct(z, y)), max_abs(matvec(qp.A, x) - qp.b)
+    )
     worst = torch.maximum(worst, max_abs(torch.where(qp.on, torch.minimum(slack, z), 0.0)))
     run = run & at.usable & (worst <= LARGEST_ERROR)
     product = worst.clamp_min(SMALLEST_ERROR).unsqueeze(-1)
