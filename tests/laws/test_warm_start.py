@@ -114,22 +114,27 @@ def test_steps_from_near_the_earlier_point(executor: Any, form: str) -> None:
     assert bool(warm.iterations.all()) and 3 * int(warm.iterations.sum()) <= 2 * int(cold.iterations.sum())
 
 
-@pytest.mark.parametrize("n", [12, 40])
-def test_steps_where_the_active_set_is_far_off(n: int) -> None:
+@pytest.mark.parametrize(("n", "p", "m", "bounded"), [(12, 2, 6, True), (40, 4, 64, False), (40, 0, 36, True)])
+def test_steps_where_the_active_set_is_far_off(n: int, p: int, m: int, bounded: bool) -> None:
     # The compiled dual form, in lanes and not: some programs need steps, and fewer than without a start.
     generator = torch.Generator().manual_seed(0)
-    U, G = (torch.rand(256, n, n, generator=generator, dtype=torch.float64) for _ in range(2))
-    q, x = (torch.randn(256, n, generator=generator, dtype=torch.float64) for _ in range(2))
-    h = (G @ x.unsqueeze(-1)).squeeze(-1) + torch.rand(256, n, generator=generator, dtype=torch.float64)
-    before = {"Q": U @ U.mT + 1e-3 * torch.eye(n, dtype=torch.float64), "q": q, "G": G, "h": h, "lower": x - 1.0}
-    before["G"], before["h"] = G[:, : n // 2], h[:, : n // 2]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(128, *shape, generator=generator, dtype=torch.float64)
+
+    U, G, A, x, q = normal(n, n).abs(), normal(m, n), normal(p, n), normal(n, 1), normal(n)
+    before = {
+        "Q": U @ U.mT + 1e-3 * torch.eye(n, dtype=torch.float64), "q": q, "A": A, "b": (A @ x).squeeze(-1), "G": G,
+        "h": (G @ x).squeeze(-1) + normal(m).abs(),
+    }  # fmt: skip
+    if bounded:
+        before["lower"] = x.squeeze(-1) - normal(n).abs()
     start = solved(before, "cpu")
-    after = moved(before, 0.3)
+    after = moved(before, 1.0)
     cold, warm = solved(after, "cpu"), solved(after, "cpu", start)
     assert cold.executor == warm.executor == "cpu:dual"
     same(warm, cold, 1e-6)
     stepped = warm.iterations > 0
-    print(n, int(stepped.sum()), warm.iterations[stepped].double().mean(), cold.iterations[stepped].double().mean())
     assert bool(stepped.any())
     assert int(warm.iterations[stepped].sum()) < int(cold.iterations[stepped].sum())
 
