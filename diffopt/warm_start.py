@@ -45,7 +45,7 @@ def read(start: Any) -> Start:
     Raises:
         ParameterError: something of it is missing, or no tensor.
     """
-    values = {name: getattr(start, name, None) for name in Start._fields}
+    values: dict[str, Any] = {name: getattr(start, name, None) for name in Start._fields}
     missing = [name for name, value in values.items() if not isinstance(value, Tensor)]
     if missing:
         raise ParameterError(

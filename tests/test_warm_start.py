@@ -29,6 +29,14 @@ def near(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments | {"q": arguments["q"] + 1e-4}
 
 
+def bound(names: list[str], values: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(names, values, strict=True))
+
+
+def moved(arguments: dict[str, Any], q: Any) -> dict[str, Any]:
+    return arguments | {"q": q}
+
+
 def fields(solution: Any) -> dict[str, Tensor]:
     return {name: getattr(solution, name).detach() for name in Start._fields}
 
@@ -115,13 +123,13 @@ def test_a_layer_in_a_loop() -> None:
 
 def test_relaxed_gradients_from_a_start() -> None:
     problem = known.linear_program(1, 5, 1, 8, bounds="lower", batch=(3,))
-    arguments = {name: v for name, v in problem.arguments().items() if v is not None} | {"Q": None}
+    arguments: dict[str, Any] = {name: v for name, v in problem.arguments().items() if v is not None} | {"Q": None}
     settings = diffopt.Settings(relaxation=1e-2)
     found = []
     start = diffopt.solve_qp(**arguments)
     for given in (None, start):
         leaf = arguments["q"].clone().requires_grad_()
-        solution = diffopt.solve_qp(**arguments | {"q": leaf}, settings=settings, start=given)
+        solution = diffopt.solve_qp(**moved(arguments, leaf), settings=settings, start=given)
         solution.x.square().sum().backward()
         found.append((solution.iterations, leaf.grad))
     assert not bool(found[1][0].any()) and bool(found[0][0].all())
@@ -184,16 +192,16 @@ def test_vmap_over_data_and_start() -> None:
     start = diffopt.solve_qp(**arguments)
     after = near(arguments)
     cold = diffopt.solve_qp(**after)
-    names, moved = list(after), list(after.values())
+    names, data = list(after), list(after.values())
 
     def one(start: Any, *values: Tensor) -> diffopt.Solution:
-        return diffopt.solve_qp(**dict(zip(names, values, strict=True)), start=start)
+        return diffopt.solve_qp(**bound(names, values), start=start)
 
-    warm = torch.func.vmap(one)(start, *moved)
+    warm = torch.func.vmap(one)(start, *data)
     assert not bool(warm.iterations.any()) and bool(cold.iterations.all())
     assert measures.relative(warm.x, cold.x) <= EXACT_ALGEBRA
     # Nested, the second dimension of the start first; and one start for all.
-    twice = [torch.stack([v, v], 1) for v in moved]
+    twice = [torch.stack([v, v], 1) for v in data]
     flat = SimpleNamespace(**{name: v.unsqueeze(1).expand(-1, 2, -1) for name, v in fields(start).items()})
 
     def nested(x: Tensor, nu: Tensor, lam: Tensor, lower: Tensor, upper: Tensor, *values: Tensor) -> Tensor:
@@ -203,7 +211,7 @@ def test_vmap_over_data_and_start() -> None:
     steps = torch.func.vmap(torch.func.vmap(nested))(*fields(flat).values(), *twice)
     assert steps.shape == (BATCH, 2) and not bool(steps.any())
     first = SimpleNamespace(**{name: v[0] for name, v in fields(start).items()})
-    steps = torch.func.vmap(lambda *values: one(first, *values).iterations)(*[v[:1] for v in moved])
+    steps = torch.func.vmap(lambda *values: one(first, *values).iterations)(*[v[:1] for v in data])  # pyright: ignore[reportArgumentType]
     assert not bool(steps.any())
 
 
@@ -213,14 +221,14 @@ def test_derivatives_of_torch_func() -> None:
     after = near(arguments)
 
     def x(q: Tensor, start: Any = None) -> Tensor:
-        return diffopt.solve_qp(**after | {"q": q}, start=start).x[0]
+        return diffopt.solve_qp(**moved(after, q), start=start).x[0]
 
     for derivative in (torch.func.jacrev, torch.func.jacfwd):
         got, expected = derivative(lambda q: x(q, start))(after["q"]), derivative(x)(after["q"])
         assert measures.relative(got, expected) <= EXACT_ALGEBRA
 
     def chained(q: Tensor) -> Tensor:  # the start is wrapped by the derivative, too
-        return x(q + 1e-4, diffopt.solve_qp(**after | {"q": q})).square().sum()
+        return x(q + 1e-4, diffopt.solve_qp(**moved(after, q))).square().sum()
 
     def plain(q: Tensor) -> Tensor:
         return x(q + 1e-4).square().sum()
@@ -234,7 +242,7 @@ def test_vmap_of_a_start_around_a_derivative_is_refused() -> None:
     one = {name: v[0] for name, v in arguments.items()}
 
     def jacobian(q: Tensor, start: Any) -> Tensor:
-        return torch.func.jacrev(lambda q: diffopt.solve_qp(**one | {"q": q}, start=start).x)(q)
+        return torch.func.jacrev(lambda q: diffopt.solve_qp(**moved(one, q), start=start).x)(q)
 
     with pytest.raises(diffopt.NotDifferentiableError, match="A `start` that torch.func.vmap maps"):
         torch.func.vmap(jacobian)(arguments["q"], start)
@@ -246,7 +254,7 @@ def test_in_a_compiled_graph() -> None:
     after = near(arguments)
 
     def function(q: Tensor, start: Any) -> tuple[Tensor, Tensor]:
-        solution = diffopt.solve_qp(**after | {"q": q}, start=start)
+        solution = diffopt.solve_qp(**moved(after, q), start=start)
         return solution.x, solution.iterations
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)

@@ -241,7 +241,7 @@ def test_neighbours_change_no_bit(family: str) -> None:
 def test_one_start_for_a_batch_and_batches_that_broadcast(executor: Any) -> None:
     before = data(known.quadratic_program(12, 6, 1, 7, batch=(2, 3)))
     shared = {name: v[0, 0] if v is not None else None for name, v in before.items()}
-    after = shared | {"q": shared["q"] + 1e-3 * torch.randn(2, 3, 6, dtype=torch.float64)}
+    after = shared | {"q": before["q"][0, 0] + 1e-3 * torch.randn(2, 3, 6, dtype=torch.float64)}
     one = solved(shared, executor)
     assert one.x.shape == (6,)
     row = SimpleNamespace(**{name: v.expand(3, v.shape[-1]) for name, v in values(one).items()})
@@ -263,8 +263,8 @@ def test_gradients_are_those_without_a_start(family: str, executor: Any, dtype: 
         leaves = measures.tracked(after)
         solution = solved(leaves, executor, near)
         assert bool(solution.ok.all())
-        total = sum((torch.linspace(-1, 2, v.shape[-1]).to(dtype) * v).sum() for v in values_of(solution))
-        total.backward()
+        total = [(torch.linspace(-1, 2, v.shape[-1]).to(dtype) * v).sum() for v in values_of(solution)]
+        torch.stack(total).sum().backward()
         found.append(measures.gradients(leaves))
     assert found[0].keys() == found[1].keys()
     for name, cold in found[0].items():
@@ -278,11 +278,12 @@ def values_of(solution: diffopt.Solution) -> list[Tensor]:
 def test_no_gradient_flows_into_a_start() -> None:
     before = measures.tracked(data(known.quadratic_program(14, 5, 1, 6, batch=(2,))))
     start = diffopt.solve_qp(**before)
-    after = {name: v.detach() if v is not None else None for name, v in before.items()}
+    after: Arguments = {name: v.detach() for name, v in before.items()}
     warm = diffopt.solve_qp(**after, start=start)
     assert not warm.x.requires_grad and start.x.requires_grad
     leaf = after["q"].clone().requires_grad_()
-    diffopt.solve_qp(**after | {"q": leaf}, start=start).x.sum().backward()
+    after["q"] = leaf
+    diffopt.solve_qp(**after, start=start).x.sum().backward()
     assert leaf.grad is not None and before["q"].grad is None
 
 
