@@ -8,7 +8,10 @@ import pytest
 import diffopt
 
 ROOT = Path(diffopt.__file__).parent
-GROUND = {"errors", "living", "shapes", "precision", "solution", "cones", "linalg", "warm_start", "_version"}
+GROUND = {
+    *("errors", "living", "shapes", "precision", "modes", "packed", "solution", "cones", "linalg", "warm_start"),
+    "_version",
+}
 ALLOWED = {
     "problems": GROUND | {"problems"},
     "solvers": GROUND | {"solvers"},

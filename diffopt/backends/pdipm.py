@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from diffopt import kkt
 from diffopt.backends.base import Backend, Capabilities, RawPoint
 from diffopt.backends.registry import register
 from diffopt.errors import BackendUnsupported
+from diffopt.packed import Packed
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import Certificate, Status
 from diffopt.solvers import cpu_executor, cuda_executor, pdipm
@@ -41,9 +42,9 @@ class PdipmBackend(Backend):
     def solve(self, form: Form, settings: Settings, keep: bool = False, start: Start | None = None) -> kkt.Solved:
         """Solve a batch; see `Backend.solve`. A compiled executor recomputes the residuals itself."""
         assert isinstance(form, QPForm)
-        data = Data(form.Q, form.q, form.A, form.b, form.G, form.h, form.lower, form.upper, form.batch_shape)
-        # Who solves, and how accurately, follows from shapes and settings: decided once for both.
         notes = form.signature.notes
+        data = Data(form.Q, form.q, form.A, form.b, form.G, form.h, form.lower, form.upper, form.batch_shape, notes)
+        # Who solves, and how accurately, follows from shapes and settings: decided once for both.
         plan: _Plan | None = notes.get("pdipm")
         if plan is None or plan.settings is not settings:
             executor = _executor(data, settings)
@@ -55,12 +56,11 @@ class PdipmBackend(Backend):
         answer = executor.solve(data, settings, plan.tolerance, plan.weak_tolerance, keep, start)
         others = () if answer.unsolved == 0 else self._solve_rest(form, settings, answer, start)
         name = "+".join([answer.name, *sorted({one.executor for _, one in others})]) if others else answer.name
-        found = kkt.Solved(
-            kkt.Point(answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper),
-            answer.status, answer.residuals, _certificates(form, answer.certificate, others), self.name, name,
-            counts=answer.counts, others=others, solved=answer.unsolved == 0,
+        return kkt.Solved(
+            None, None, None, _certificates(form, answer.certificate, others), self.name, name,
+            pullback=_pullback(executor, data, answer.saved) if keep else None,
+            others=others, solved=answer.unsolved == 0, packed=answer.packed,
         )  # fmt: skip
-        return found._replace(pullback=_pullback(executor, data, answer)) if keep else found
 
     def _solve_rest(
         self, form: QPForm, settings: Settings, answer: Answer, start: Start | None
@@ -68,15 +68,20 @@ class PdipmBackend(Backend):
         """Solve what the executor left by torch operations, into its answer; return each on its own, too."""
         shape = form.batch_shape
         count = shape.numel()
-        flat = [v.view(count, *v.shape[len(shape) :]) for v in answer[:7]]
-        residuals, counts = answer.residuals.view(3, count), answer.counts.view(3, count)
+        packed = answer.packed
+        flat = [v.view(count, v.shape[-1]) for v in packed.vectors()]
+        residuals, counts, status = (
+            packed.residuals.view(3, count),
+            packed.counts.view(3, count),
+            packed.status.view(-1),
+        )
         others = []
-        for index in (flat[6] == Status.UNSOLVED).nonzero().flatten().tolist():
+        for index in (status == Status.UNSOLVED).nonzero().flatten().tolist():
             near = None if start is None else start.instance(index, shape)
             found = super().solve(form.instance(index), settings, start=near)
-            x, s, nu, lam, lower, upper = found.point
-            for target, value in zip(flat, (x, s, lam, nu, lower, upper, found.status), strict=True):
+            for target, value in zip(flat, found.point, strict=True):
                 target[index] = value
+            status[index] = found.status
             residuals[:, index] = found.residuals
             assert found.iterations is not None
             counts[0, index] = found.iterations
@@ -158,21 +163,19 @@ def _certificates(
     return Certificate(**{name: row.view(*form.batch_shape, sizes[name]) for name, row in rows.items()})
 
 
-def _pullback(executor: Executor, data: Data, answer: Answer) -> kkt.Pullback:
-    # Without the outputs themselves: the graph of the outputs will hold this, and must not hold itself.
-    none = answer.x.new_empty(0)
-    empty = answer._replace(x=none, s=none, lam=none, nu=none, lam_lower=none, lam_upper=none)
-    present = [tensor is not None for tensor in data.tensors()]
-
+def _pullback(executor: Executor, data: Data, saved: Any) -> kkt.Pullback:
     def run(
-        point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+        point: kkt.Point | Packed, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        full = empty._replace(**point._asdict())
-        for_x, for_s, for_nu, for_lam, for_lower, for_upper = gradients
-        wants = iter(needed)
-        incoming = (for_x, for_s, for_lam, for_nu, for_lower, for_upper)
-        found = executor.pullback(data, full, incoming, tuple(here and next(wants) for here in present))
-        return tuple(gradient for gradient, here in zip(found, present, strict=True) if here)
+        # (A form has no tensors for absent bounds, and bounds come last.)
+        lower, upper = data.lower is not None, data.upper is not None
+        if lower and upper:
+            return executor.pullback(data, saved, point, gradients, needed)
+        if upper:
+            found = executor.pullback(data, saved, point, gradients, (*needed[:-1], False, needed[-1]))
+            return (*found[:-2], found[-1])
+        absent = (False,) if lower else (False, False)
+        return executor.pullback(data, saved, point, gradients, (*needed, *absent))[: len(needed)]
 
     return kkt.Pullback(run)
 

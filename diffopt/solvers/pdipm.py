@@ -12,11 +12,12 @@ from diffopt.linalg.cholesky import cholesky, pivots
 from diffopt.linalg.matrices import Dense
 from diffopt.linalg.saddle import Factor, Saddle
 from diffopt.linalg.scaling import Scaling, regularisation
-from diffopt.solution import Status
+from diffopt.shapes import max_abs
+from diffopt.solution import INDEFINITE, Status
 from diffopt.solvers import certificates, interior_point, warm
 from diffopt.solvers.executor import Data
 from diffopt.solvers.polish import Polished, active_rows, polish
-from diffopt.solvers.scaled_qp import ScaledQP, State
+from diffopt.solvers.scaled_qp import NOISE, ScaledQP, State
 from diffopt.solvers.settings import Settings
 from diffopt.warm_start import Start
 
@@ -29,6 +30,9 @@ WIDEST = 1.9
 
 WORTH_POLISHING = 1e-2
 """Relative residual up to which the end point of the iteration is tried for its active set."""
+
+LIGHT = 1e-8
+"""Weight of the rows at the last start, which almost forgets them."""
 
 
 class ActiveSystem(NamedTuple):
@@ -175,31 +179,66 @@ def _solve_scaled(
     # Whether a group is empty decides what is worth running, not what any instance gets.
     groups = [group for group in groups if bool(group[1].any())] or groups[:1]
     outcomes = []
-    system: ActiveSystem | None = None
+    system: _System | None = None
     for reduction, group in groups:
+        saddle = Saddle(qp.Q, qp.A, qp.G, reduction, regularisation(qp.scaling, reduction))
         if reduction == "primal":
             group = group & ~_nonconvex(qp)
-        saddle = Saddle(qp.Q, qp.A, qp.G, reduction, regularisation(qp.scaling, reduction))
-        convex = saddle.reduction != "primal"
+        convex = reduction != "primal"
         attempt = _attempt if near is None else partial(_attempt_near, near)
-        outcome, done = attempt(qp, saddle, group, settings, tolerance, convex, hold=False)
-        if thorough and reduction == "primal":
-            lost = group & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
-            if bool(lost.any()):
-                again, second = _attempt(qp, saddle, lost, settings, tolerance, convex, hold=True)
-                better = lost & (again.residual < outcome.residual)
-                outcome, done = _either(qp, saddle, better, (again, second), (outcome, done))
+        outcome, done = attempt(qp, saddle, group, settings, tolerance, convex)
         if done is not None and len(groups) == 1:
-            row, lower, upper = qp.split(done.active)
-            system = ActiveSystem(
-                done.factor, qp.scaling, row, lower if qp.has_lower else None, upper if qp.has_upper else None
-            )
+            system = _System(done.active, done.factor)
+        lost = group & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
+        if thorough and bool(lost.any()):
+            outcome, system = _again(qp, system, lost, outcome, settings, tolerance)
         outcomes.append((group, reduction, outcome))
     _, name, merged = outcomes[0]
     for group, reduction, outcome in outcomes[1:]:
         name = f"{name}+{reduction}"
-        merged = outcome.where(group, merged)
-    return merged, (system, name)
+        merged = _merged(group, outcome, merged)
+    return merged, (None if system is None else system.active_system(qp), name)
+
+
+class _System(NamedTuple):
+    """The rows of C in the final active sets, and the factored system for them."""
+
+    active: Tensor
+    factor: Factor
+
+    def active_system(self, qp: ScaledQP) -> ActiveSystem:
+        row, lower, upper = qp.split(self.active)
+        return ActiveSystem(
+            self.factor, qp.scaling, row, lower if qp.has_lower else None, upper if qp.has_upper else None
+        )
+
+
+def _again(
+    qp: ScaledQP, system: _System | None, lost: Tensor, outcome: interior_point.Outcome, settings: Settings,
+    tolerance: float,
+) -> tuple[interior_point.Outcome, _System | None]:  # fmt: skip
+    """Try lost instances twice more in the n x n form, holding every row; then from a start that almost forgets them.
+
+    Args:
+        system: that of the first attempt, if it is of use.
+    """
+    saddle = Saddle(qp.Q, qp.A, qp.G, "primal", regularisation(qp.scaling, "primal"))
+    for weight in (1.0, LIGHT):
+        found, done = _attempt(qp, saddle, lost, settings, tolerance, convex=False, hold=True, weight=weight)
+        better = lost & (found.residual < outcome.residual)
+        outcome = _merged(better, found, outcome)
+        if system is not None and done is not None:
+            active = torch.where(better.unsqueeze(-1), done.active, system.active)
+            system = _System(active, saddle.factor(active_rows(qp, active), final=True))
+        lost = lost & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
+        if not bool(lost.any()):
+            break
+    return outcome, system
+
+
+def _merged(where: Tensor, new: interior_point.Outcome, old: interior_point.Outcome) -> interior_point.Outcome:
+    rest = [torch.where(where, a, b) for a, b in zip(new[1:], old[1:], strict=True)]
+    return interior_point.Outcome(new.state.where(where, old.state), *rest)
 
 
 Attempt = tuple[interior_point.Outcome, Polished | None]
@@ -207,7 +246,7 @@ Attempt = tuple[interior_point.Outcome, Polished | None]
 
 def _either(qp: ScaledQP, saddle: Saddle, where: Tensor, one: Attempt, other: Attempt) -> Attempt:
     """Return ``one`` where ``where`` ``(*batch,)`` holds, else ``other``."""
-    outcome, first, second = one[0].where(where, other[0]), one[1], other[1]
+    outcome, first, second = _merged(where, one[0], other[0]), one[1], other[1]
     if first is None or second is None:
         return outcome, second
     active = torch.where(where.unsqueeze(-1), first.active, second.active)
@@ -215,17 +254,17 @@ def _either(qp: ScaledQP, saddle: Saddle, where: Tensor, one: Attempt, other: At
 
 
 def _attempt(
-    qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool, hold: bool
-) -> Attempt:
+    qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool, hold: bool = False,
+    weight: float = 1.0,
+) -> Attempt:  # fmt: skip
     """Iterate, and polish if that is wanted."""
-    outcome = interior_point.solve(qp, saddle, run, tolerance, settings.max_iterations, bounded=convex, hold=hold)
+    outcome = interior_point.solve(qp, saddle, run, tolerance, settings.max_iterations, convex, hold, weight)
     return _polished(qp, saddle, run, settings, outcome)
 
 
 def _attempt_near(
-    near: warm.Near, qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool,
-    hold: bool,
-) -> Attempt:  # fmt: skip
+    near: warm.Near, qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool
+) -> Attempt:
     """Solve what can be solved from an earlier solution, and the rest as if there were none."""
     attempts: list[tuple[Tensor, Attempt]] = []
     all_served, spent = torch.zeros_like(run), torch.zeros(qp.batch, dtype=torch.int64, device=qp.q.device)
@@ -244,7 +283,7 @@ def _attempt_near(
         all_served, spent = all_served | served, torch.where(rest, outcome.iterations, 0)
     # (Those that are not to be solved are in the last outcome too: as they would be without a start.)
     if not bool(all_served.all()):
-        outcome, done = _attempt(qp, saddle, run & ~all_served, settings, tolerance, convex, hold)
+        outcome, done = _attempt(qp, saddle, run & ~all_served, settings, tolerance, convex)
         attempts.append((run & ~all_served, (outcome._replace(iterations=outcome.iterations + spent), done)))
     _, found = attempts[-1]
     for served, attempt in attempts[:-1]:
@@ -266,7 +305,7 @@ def _polished(
 def _nonconvex(qp: ScaledQP) -> Tensor:
     """Return where Q, equilibrated, has an eigenvalue clearly below zero, ``(*batch,)``."""
     Q = qp.Q.dense()
-    _, failed = cholesky(Q + 1e-7 * torch.eye(qp.n, dtype=Q.dtype, device=Q.device))
+    _, failed = cholesky(Q + INDEFINITE * torch.eye(qp.n, dtype=Q.dtype, device=Q.device))
     return failed
 
 
@@ -290,15 +329,19 @@ def _certify(
     claim(certificates.check_primal(qp, outcome.state, open_ & outcome.primal_infeasible), Status.PRIMAL_INFEASIBLE)
     if bool(open_.any()):
         # Before unboundedness: an instance can be both, and then there is no x at all.
-        state = _auxiliary(certificates.least_infeasibility(qp), qp.batch, open_)
-        nu, z, y = _infeasibility_multipliers(qp, state)
-        claim(certificates.check_primal(qp, outcome.state._replace(nu=nu, z=z, y=y), open_), Status.PRIMAL_INFEASIBLE)
-    # A strictly convex objective is bounded below, whatever a direction of tiny curvature suggests.
-    open_ = open_ & ~_strictly_convex(qp)
-    claim(certificates.check_dual(qp, outcome.state.x, open_ & outcome.dual_infeasible), Status.DUAL_INFEASIBLE)
+        problem = certificates.least_infeasibility(qp)
+        found = _auxiliary(problem, qp.batch, open_)
+        claim(_contradiction(qp, outcome.state, found, open_), Status.PRIMAL_INFEASIBLE)
+        violated = torch.maximum(max_abs(found.nu), max_abs(found.lam)) > NOISE
+        if bool((open_ & violated).any()):
+            closer = certificates.seen_closer(problem, found.x, found.nu, found.lam, qp.n)
+            found = _auxiliary(closer, qp.batch, open_ & violated)
+            claim(_contradiction(qp, outcome.state, found, open_ & violated), Status.PRIMAL_INFEASIBLE)
+    convex = _strictly_convex(qp)
+    claim(certificates.check_dual(qp, outcome.state.x, open_ & outcome.dual_infeasible, convex), Status.DUAL_INFEASIBLE)
     if bool(open_.any()):
         x = _auxiliary(certificates.steepest_recession(qp), qp.batch, open_).x
-        claim(certificates.check_dual(qp, x, open_), Status.DUAL_INFEASIBLE)
+        claim(certificates.check_dual(qp, x, open_, convex), Status.DUAL_INFEASIBLE)
     return status, rays
 
 
@@ -314,6 +357,12 @@ def _auxiliary(problem: certificates.Auxiliary, batch: torch.Size, run: Tensor) 
     qp = ScaledQP(*problem, batch)
     outcome, _ = _solve_scaled(qp, run, Settings(max_iterations=60), 1e-12, thorough=False)
     return _Multipliers(*original(qp, outcome.state)[:5])
+
+
+def _contradiction(qp: ScaledQP, state: State, found: _Multipliers, run: Tensor) -> certificates.Proof:
+    """Check the multipliers of a least-infeasibility problem as a proof."""
+    nu, z, y = _infeasibility_multipliers(qp, found)
+    return certificates.check_primal(qp, state._replace(nu=nu, z=z, y=y), run)
 
 
 def _infeasibility_multipliers(qp: ScaledQP, found: _Multipliers) -> tuple[Tensor, Tensor, Tensor]:
