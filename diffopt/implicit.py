@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffopt import kkt, transforms
+from diffopt import kkt, transforms, waiting
 from diffopt.errors import ChangedDataError
 from diffopt.linalg.central import central_ratio
 from diffopt.linalg.matrices import Dense, SymmetricMatrix
@@ -74,13 +74,14 @@ def prepare(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
     """
     failed = _failed(found.status)
     safe = _safe(found.point, failed)
-    saddle, scaling = (None, found.system.scaling) if found.system else kkt.assemble(form, safe)
-    active = kkt.activity(form, safe, scaling, weak_tolerance)
-    weakly_active = torch.where(failed, 0, active.weak_count())
-    system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
     iterations = found.iterations if found.counts is None else found.counts[0]
     assert iterations is not None
-    counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
+    with waiting.allow(found.sync):
+        saddle, scaling = (None, found.system.scaling) if found.system else kkt.assemble(form, safe)
+        active = kkt.activity(form, safe, scaling, weak_tolerance)
+        weakly_active = torch.where(failed, 0, active.weak_count())
+        system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
+        counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
     ratios = (ratio.to(form.dtype) for ratio in (system.ratio_row, system.ratio_bound))
     return Prepared(found, safe, system, counts, Rule(failed, system.active, system.equation_row, *ratios))
 
@@ -190,13 +191,15 @@ def attach_solved(form: Form, found: kkt.Solved, attached: bool, kink_rule: str,
     )
 
 
-def _others(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float) -> list[tuple[int, Prepared]]:
-    """Prepare the instances that were solved each on its own, and complete their counts."""
+def _others(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float) -> list[tuple[kkt.Rest, Prepared]]:
+    """Prepare the instances that another solver solved, and complete their counts."""
     others = []
-    for index, one in found.others:
+    for rest in found.others:
         assert isinstance(form, QPForm) and found.counts is not None
-        others.append((index, prepare(form.instance(index).detach(), one, kink_rule, weak_tolerance)))
-        found.counts.view(3, -1)[1:, index] = others[-1][1].counts[1:]
+        prepared = prepare(form.part(rest.begin, rest.end).detach(), rest.found, kink_rule, weak_tolerance)
+        target = found.counts.view(3, -1)[1:, rest.begin : rest.end]
+        target.copy_(torch.where(rest.mine, prepared.counts[1:], target))
+        others.append((rest, prepared))
     return others
 
 
@@ -277,18 +280,18 @@ def value_gradients(
 
 class _Task(NamedTuple):
     """What a reverse pass needs beside the tensors that autograd saves: the form; the solution, without its point; the
-    places of those tensors of the form that are inputs; the instances that stand on their own; how kinks are read."""
+    places of those of its tensors that are inputs; the instances that another solver solved; how kinks are read."""
 
     form: Form
     found: kkt.Solved
     inputs: tuple[int, ...]
-    others: list[tuple[int, Prepared]]
+    others: list[tuple[kkt.Rest, Prepared]]
     kink_rule: str
     weak_tolerance: float
 
 
 def _pulled(
-    form: Form, found: kkt.Solved, packed: Packed, others: list[tuple[int, Prepared]], kink_rule: str,
+    form: Form, found: kkt.Solved, packed: Packed, others: list[tuple[kkt.Rest, Prepared]], kink_rule: str,
     weak_tolerance: float,
 ) -> Packed:  # fmt: skip
     """Return the answer, attached to the form by the solver's own reverse pass."""
@@ -357,8 +360,8 @@ def _pull(
     """Return what the solver's own reverse pass gives for those tensors of the form that need a gradient."""
     assert task.found.pullback is not None
     found = task.found.pullback.run(point, gradients, needed)
-    for index, prepared in task.others:
-        _add_other(form, index, prepared, gradients, found)
+    for rest, prepared in task.others:
+        _add_rest(form, rest, prepared, gradients, found)
     return found
 
 
@@ -371,37 +374,37 @@ def _with_saved(task: _Task, saved: Sequence[Tensor]) -> Form:
     return task.form.with_tensors(tensors)
 
 
-def _add_other(
-    whole: Form, index: int, prepared: Prepared, grads: tuple[Tensor | None, ...], found: tuple[Tensor | None, ...]
+def _add_rest(
+    whole: Form, rest: kkt.Rest, prepared: Prepared, grads: tuple[Tensor | None, ...], found: tuple[Tensor | None, ...]
 ) -> None:
-    """Add the gradients of an instance that was solved on its own to those of the batch."""
+    """Add the gradients of instances that another solver solved to those of the batch."""
     assert isinstance(whole, QPForm)
-    form = whole.instance(index)
+    begin, end, mine, _ = rest
+    form, batch, count = whole.part(begin, end), whole.batch_shape, whole.batch_shape.numel()
     with torch.enable_grad():
         form = form.with_tensors({k: v.detach().requires_grad_() for k, v in form.tensors().items()})
-        one = attach(form, prepared)
-        outputs = (one.x, one.s, one.nu, one.lam, one.lam_lower, one.lam_upper)
+        some = attach(form, prepared)
+        outputs = (some.x, some.s, some.nu, some.lam, some.lam_lower, some.lam_upper)
         used = [
-            (v, g.reshape(whole.batch_shape.numel(), g.shape[-1])[index])
+            (v, torch.where(mine.unsqueeze(-1), g.reshape(count, g.shape[-1])[begin:end], 0.0))
             for v, g in zip(outputs, grads, strict=True)
             if g is not None and v.requires_grad
         ]
         own = torch.autograd.grad(
             [v for v, _ in used], list(form.tensors().values()), [g for _, g in used], materialize_grads=True
         )
-    tensors = whole.tensors().values()
-    for target, gradient, tensor, dims in zip(found, own, tensors, whole.core_dims(), strict=True):
+    for target, gradient, tensor, dims in zip(found, own, whole.tensors().values(), whole.core_dims(), strict=True):
         if target is None:
             continue
-        if tensor.dim() == dims:
-            target += gradient
-        else:
-            # Its own entry alone: the NaN of a failed instance must not reach others.
-            lead = tensor.shape[: tensor.dim() - dims]
-            place = torch.zeros(whole.batch_shape, dtype=gradient.dtype, device=gradient.device)
-            place.view(-1)[index] = 1
-            mine = (place.sum_to_size(lead) > 0).reshape(*lead, *[1] * dims)
-            target += torch.where(mine, gradient, 0.0)
+        lead, core = tensor.shape[: tensor.dim() - dims], tensor.shape[tensor.dim() - dims :]
+        if lead == batch and lead:
+            target.view(count, *core)[begin:end] += gradient
+        elif lead.numel() == 1:
+            target += gradient.reshape(target.shape)
+        else:  # shared by some instances
+            full = gradient.new_zeros(count, *core)
+            full[begin:end] = gradient
+            target += full.reshape(*batch, *core).sum_to_size(target.shape)
 
 
 def _differentiated(
@@ -716,15 +719,15 @@ class _KKT:
         saddle: Saddle | None, scaling: Scaling,
     ) -> None:  # fmt: skip
         self.failed, self.scaling, self.dtype = failed, scaling, dtype
+        self.sync = waiting.allowed()
         self.prepared = prepared
         self._saddle = saddle if prepared is None else prepared.factor.system
-        weak_any = bool(active.weak_count().any())
+        weak_any = kink_rule != "inactive" and bool(active.weak_count().any())
         self.dense_rule = kink_rule == "minimum_norm" and weak_any
         self.weak_row = active.weak_row
         none_row, none_bound = torch.zeros_like(active.row), torch.zeros_like(active.lower)
         strict = active
-        joins = weak_any and kink_rule != "inactive"
-        if joins:
+        if weak_any:
             active = active._replace(
                 row=active.row | active.weak_row,
                 lower=active.lower | active.weak_lower,
@@ -738,7 +741,7 @@ class _KKT:
         zero = torch.zeros((), dtype=torch.float64, device=failed.device)
         self.ratio_row, self.ratio_bound = zero.expand(none_row.shape), zero.expand(none_bound.shape)
         self._scaled_ratios = (self.ratio_row, self.ratio_bound)
-        if joins and kink_rule == "central":
+        if weak_any and kink_rule == "central":
             self._use_central(strict)
         self._factor: Factor | None = None
 
@@ -768,6 +771,8 @@ class _KKT:
         return self._factor
 
     def _same_rows(self, other: kkt.Activity) -> bool:
+        if not waiting.allowed():
+            return False
         if bool((self._scaled_ratios[0] != 0).any()) or bool((self._scaled_ratios[1] != 0).any()):
             return False
         same = torch.equal(self.active.row, other.row)
@@ -779,8 +784,12 @@ class _KKT:
 
     def solve(self, r: Blocks, transpose: bool) -> Blocks:
         """Return K^-1 r (or K'^-1 r): zero where r is zero, NaN where a failed instance has r != 0."""
+        with waiting.allow(self.sync):
+            return self._solve(r, transpose)
+
+    def _solve(self, r: Blocks, transpose: bool) -> Blocks:
         asked = torch.stack([(v != 0).any(-1) for v in r if v.shape[-1]]).any(0)
-        if not bool(asked.any()):
+        if not waiting.some(asked):
             return Blocks(*(torch.zeros_like(v) for v in r))
         bad = self.failed.unsqueeze(-1)
         # NaN that comes in goes out, and must not meet a factor that neighbours share.

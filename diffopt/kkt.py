@@ -206,14 +206,25 @@ class Pullback(NamedTuple):
     run: Callable[[Point | Packed, tuple[Tensor | None, ...], tuple[bool, ...]], tuple[Tensor | None, ...]]
 
 
+class Rest(NamedTuple):
+    """Instances of a batch that another solver solved, after the first had left them: those of ``mine``
+    ``(end - begin,)``, among the places from begin to end of the flattened batch, all of which ``found`` has."""
+
+    begin: int
+    end: int
+    mine: Tensor
+    found: Solved
+
+
 class Solved:
     """A solved batch: detached values of the fields of `diffopt.Solution`. Backends make it, ``implicit``
     attaches it. ``residuals`` ``(3, *batch)``: primal, dual, gap. Where the solver has them: ``system``, the factored
     KKT system of the final active set; ``pullback``; and ``counts`` ``(3, *batch)`` as in `Report`, of which
-    ``iterations`` is the first. ``others``: instances, by their place in the flattened batch, that were solved each
-    on its own, after the solver had left them; their values are in place, their counts and derivatives are not.
+    ``iterations`` is the first. ``others``: instances that the solver had left to another one; their values are
+    in place, their counts and derivatives are not.
     ``solved``: whether every instance is SOLVED, where that is known without looking. ``packed``: point, status,
-    residuals and counts as an executor left them, from which those are taken when they are asked for."""
+    residuals and counts as an executor left them, from which those are taken when they are asked for. ``sync``: whether
+    the host may wait for values (`Settings.sync`)."""
 
     point: Point
     status: Tensor
@@ -232,12 +243,14 @@ class Solved:
         counts: Tensor | None = None,
         system: System | None = None,
         pullback: Pullback | None = None,
-        others: tuple[tuple[int, Solved], ...] = (),
+        others: tuple[Rest, ...] = (),
         solved: bool = False,
         packed: Packed | None = None,
+        sync: bool = True,
     ) -> None:
         self.certificate, self.backend, self.executor, self.iterations = certificate, backend, executor, iterations
         self.system, self.pullback, self.others, self.solved, self.packed = system, pullback, others, solved, packed
+        self.sync = sync
         if packed is None:
             assert point is not None and status is not None and residuals is not None
             self.point, self.status, self.residuals, self.counts = point, status, residuals, counts

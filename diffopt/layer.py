@@ -84,7 +84,7 @@ class Layer(nn.Module):
         self.problem = problem
         self.backend = _checked_backend(backend)
         self.settings = _checked_settings(settings)
-        self.on_failure: OnFailure = _checked_policy(on_failure)
+        self.on_failure: OnFailure = _checked_policy(on_failure, self.settings)
         self.on_infeasible: infeasible.Policy = infeasible.checked_policy(on_infeasible)
         self._parts: dict[str, tuple[str | float, ...]] = {}
         for name, declared in (problem.declared | infeasible.declared_weights(self.on_infeasible)).items():
@@ -189,7 +189,8 @@ def solve(
 
     Returns, raises, differentiable in: as `Layer.solve`.
     """
-    solver, chosen, policy = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    solver, chosen = _checked_backend(backend), _checked_settings(settings)
+    policy = _checked_policy(on_failure, chosen)
     soft = infeasible.checked_policy(on_infeasible)
 
     def run(params: Params) -> Solution:
@@ -242,7 +243,8 @@ def solve_qp(
     References:
         Amos and Kolter (2017), "OptNet", equations 6 to 8 (dG there has a factor D(lam) too many).
     """
-    solver, chosen, policy = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    solver, chosen = _checked_backend(backend), _checked_settings(settings)
+    policy = _checked_policy(on_failure, chosen)
     soft, weights = None, None
     if on_infeasible is not None:
         soft = infeasible.checked_policy(on_infeasible)
@@ -269,7 +271,7 @@ def _solve_form(
 
         solution = infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype))
         reported = False
-    if not reported:
+    if settings.sync and not reported:
         _report(solution, on_failure)
     return solution
 
@@ -279,6 +281,10 @@ def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy, 
         raise SettingsError(
             f"`start` and on_infeasible={policy!r} do not go together: other problems than this one are solved "
             f"then, of which the start says nothing. Leave `start` out."
+        )
+    if not settings.sync:
+        raise SettingsError(
+            "`on_infeasible` looks at values, which Settings(sync=False) forbids. Leave out one of the two."
         )
     if policy == "closest" and settings.relaxation is not None:
         raise SettingsError(
@@ -322,7 +328,8 @@ def _exactly(
         return operators.solution(form, backend, settings, on_failure, near), True
     if transforms.active():
         return _transformed(form, backend, settings, on_failure, near), True
-    near = _fitted(near, form)
+    if near is not None:
+        near = warm_start.fitted(near, form)
     solver = choose(backend, form)
     attached = implicit.needs_graph(form)
     found = solver.solve(form, settings, attached, near)
@@ -330,12 +337,6 @@ def _exactly(
         form, found, attached, settings.kink_rule, settings.weak_tolerance_for(form.dtype)
     )
     return solution, found.solved
-
-
-def _fitted(near: Start | None, form: Form) -> Start | None:
-    if near is None:
-        return None
-    return warm_start.fitted(near, form)
 
 
 def _plainly(form: Form, work: Callable[[Form], Any]) -> Any:
@@ -381,13 +382,16 @@ def _transformed(
 
     def run(inner: Form) -> tuple[Tensor, ...]:
         plain = inner.detach()
-        found = choose(backend, plain).solve(plain, settings, start=_fitted(bare, plain))
+        found = choose(backend, plain).solve(
+            plain, settings, start=None if bare is None else warm_start.fitted(bare, plain)
+        )
         jacobian = implicit.jacobian_of(plain, found, settings.kink_rule) if alone else None
         if jacobian is not None:
             direct.append(jacobian)
             return jacobian.outputs()
         prepared = implicit.prepare(plain, found, settings.kink_rule, settings.weak_tolerance_for(plain.dtype))
-        _report(implicit.attach(plain, prepared), on_failure)
+        if settings.sync:
+            _report(implicit.attach(plain, prepared), on_failure)
         done.append(prepared)
         return implicit.flatten(prepared)
 
@@ -511,7 +515,12 @@ def _checked_settings(settings: Settings | None) -> Settings:
     return _DEFAULT if settings is None else settings
 
 
-def _checked_policy(on_failure: str) -> OnFailure:
+def _checked_policy(on_failure: str, settings: Settings) -> OnFailure:
     if on_failure not in ("raise", "return"):
         raise SettingsError(f"`on_failure` = {on_failure!r} is unknown. Expected 'raise' or 'return'.")
+    if on_failure == "raise" and not settings.sync:
+        raise SettingsError(
+            "Settings(sync=False) cannot raise for a failed instance: nobody looks at the statuses. Expected "
+            "on_failure='return'; `solution.ok`, a tensor on the device, says which instances to use."
+        )
     return on_failure  # type: ignore[return-value]

@@ -160,7 +160,7 @@ def solve(data: Sequence[Tensor], start: Sequence[Tensor], spec: str) -> Ten:
     of what the solve has left behind for its reverse pass. ``start``: the tensors of a `Start`, or none."""
     parsed = read(spec)
     found, counts, reverse = _solved(data, start, parsed, parsed.keep)
-    if not found.solved:
+    if parsed.settings.sync and not found.solved:
         assert report is not None
         values = kkt.Point(*(v.detach() for v in found.point))
         whole = Solution(

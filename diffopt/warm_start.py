@@ -27,9 +27,9 @@ class Start(NamedTuple):
         """Return the same with all batch dimensions, contiguous."""
         return Start(*(v.expand(*batch, v.shape[-1]).contiguous() for v in self))
 
-    def instance(self, index: int, batch: torch.Size) -> Start:
-        """Return the start of one instance of the flattened batch."""
-        return Start(*(v.expand(*batch, v.shape[-1]).reshape(batch.numel(), v.shape[-1])[index] for v in self))
+    def part(self, begin: int, end: int, batch: torch.Size) -> Start:
+        """Return the start of some instances of the flattened batch."""
+        return Start(*(v.expand(*batch, v.shape[-1]).reshape(-1, v.shape[-1])[begin:end] for v in self))
 
     def finite(self) -> Tensor:
         """Return where a start is usable, ``(*batch,)``."""

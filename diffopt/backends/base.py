@@ -11,8 +11,9 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
-from diffopt import kkt
+from diffopt import kkt, waiting
 from diffopt.cones import kinds
+from diffopt.errors import BackendUnsupported
 from diffopt.living import Living
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import ALMOST, INDEFINITE, Certificate, Residuals, Status
@@ -33,6 +34,7 @@ class Capabilities:
             float32 data is solved in float64 and rounded once, at the end.
         batched: solves a batch at once rather than one instance at a time.
         accuracy: relative residual that it ordinarily reaches in float64.
+        asynchronous: can solve without waiting for the device (`Settings.sync` = False).
         priority: ``backend="auto"`` takes the supporting backend with the highest.
         warm_start: makes use of an earlier solution: ``_solve(form, settings, start)``, where ``start`` is a
             `diffopt.warm_start.Start` that fits the form, or ``None``. Other backends never see one, and solve as ever.
@@ -44,6 +46,7 @@ class Capabilities:
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.float64})
     batched: bool = False
     accuracy: float = 1e-9
+    asynchronous: bool = False
     priority: int = 0
     warm_start: bool = False
 
@@ -123,9 +126,15 @@ class Backend(Living, ABC):
             keep: whether a pullback will be of use.
             start: an earlier solution that fits the form; used by backends that can (`Capabilities`).
         """
+        if not settings.sync and not self.can.asynchronous:
+            raise BackendUnsupported(
+                f"Backend {self.name!r} computes on the host, and so waits for the device. Pass Settings(sync=True), "
+                f"or take the backend 'pdipm' with a quadratic program."
+            )
         form = form.detach()
         solve: Callable[..., RawPoint] = self._solve
-        raw = solve(form, settings, start) if self.can.warm_start else solve(form, settings)
+        with waiting.allow(settings.sync):
+            raw = solve(form, settings, start) if self.can.warm_start else solve(form, settings)
         s = -form.inequalities(raw.x) if raw.s is None else raw.s
         s = s + form.cone.violation(s)  # in the cone; what was outside counts as primal residual
         point = kkt.Point(raw.x, s, raw.nu, raw.lam, raw.lam_lower, raw.lam_upper)
@@ -137,8 +146,9 @@ class Backend(Living, ABC):
         point = kkt.Point(*(torch.where(failed.unsqueeze(-1), torch.nan, v) for v in point))
         stacked = torch.where(failed, torch.nan, torch.stack(residuals)).to(form.dtype)
         return kkt.Solved(
-            point, status, stacked, raw.certificate, self.name, raw.executor, raw.iterations, system=raw.system
-        )
+            point, status, stacked, raw.certificate, self.name, raw.executor, raw.iterations, system=raw.system,
+            sync=settings.sync,
+        )  # fmt: skip
 
     @abstractmethod
     def _solve(self, form: Form, settings: Settings) -> RawPoint:

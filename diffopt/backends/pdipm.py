@@ -26,8 +26,7 @@ class PdipmBackend(Backend):
 
     Works in float64 whatever the dtype of the data: float32 data gives float32 results, rounded once.
     `Settings.executor` chooses who does the work; ``Solution.executor`` names who did, and the reduction. Instances
-    that a compiled executor leaves are solved one by one in torch operations, so that each gets the same bits whatever
-    its neighbours are.
+    that a compiled executor leaves are solved in torch operations.
     """
 
     can = Capabilities(
@@ -35,6 +34,7 @@ class PdipmBackend(Backend):
         devices=frozenset({"cpu", "cuda"}),
         batched=True,
         accuracy=1e-9,
+        asynchronous=True,
         priority=100,
         warm_start=True,
     )
@@ -54,38 +54,44 @@ class PdipmBackend(Backend):
         if executor is None:
             return super().solve(form, settings, start=start)
         answer = executor.solve(data, settings, plan.tolerance, plan.weak_tolerance, keep, start)
-        others = () if answer.unsolved == 0 else self._solve_rest(form, settings, answer, start)
-        name = "+".join([answer.name, *sorted({one.executor for _, one in others})]) if others else answer.name
+        others = self._solve_rest(form, settings, answer, start) if answer.unsolved and settings.sync else ()
+        name = "+".join([answer.name, *sorted({rest.found.executor for rest in others})]) if others else answer.name
         return kkt.Solved(
             None, None, None, _certificates(form, answer.certificate, others), self.name, name,
             pullback=_pullback(executor, data, answer.saved) if keep else None,
-            others=others, solved=answer.unsolved == 0, packed=answer.packed,
+            others=others, solved=answer.unsolved == 0, packed=answer.packed, sync=settings.sync,
         )  # fmt: skip
 
     def _solve_rest(
         self, form: QPForm, settings: Settings, answer: Answer, start: Start | None
-    ) -> tuple[tuple[int, kkt.Solved], ...]:
-        """Solve what the executor left by torch operations, into its answer; return each on its own, too."""
+    ) -> tuple[kkt.Rest, ...]:
+        """Solve what the executor left by torch operations, into its answer; return it on its own, too.
+
+        Parts of the batch are solved, of which shapes alone decide. So an instance has the same neighbours there
+        whichever of them are left, and nothing of theirs changes a bit of its result.
+        """
         shape = form.batch_shape
         count = shape.numel()
         packed = answer.packed
         flat = [v.view(count, v.shape[-1]) for v in packed.vectors()]
-        residuals, counts, status = (
-            packed.residuals.view(3, count),
-            packed.counts.view(3, count),
-            packed.status.view(-1),
-        )
+        residuals, counts, (status,) = (v.view(-1, count) for v in (packed.residuals, packed.counts, packed.status))
+        left, size = status == Status.UNSOLVED, _part(form)
         others = []
-        for index in (status == Status.UNSOLVED).nonzero().flatten().tolist():
-            near = None if start is None else start.instance(index, shape)
-            found = super().solve(form.instance(index), settings, start=near)
+        for begin in range(0, count, size):
+            end = min(begin + size, count)
+            mine = left[begin:end]
+            if not bool(mine.any()):
+                continue
+            # (Whether there is a factor for the reverse pass does depend on all instances.)
+            near = None if start is None else start.part(begin, end, shape)
+            found = super().solve(form.part(begin, end), settings, start=near).replace(system=None)
             for target, value in zip(flat, found.point, strict=True):
-                target[index] = value
-            status[index] = found.status
-            residuals[:, index] = found.residuals
+                _put(target[begin:end], value, mine.unsqueeze(-1))
+            _put(status[begin:end], found.status, mine)
+            _put(residuals[:, begin:end], found.residuals.to(residuals.dtype), mine)
             assert found.iterations is not None
-            counts[0, index] = found.iterations
-            others.append((index, found))
+            _put(counts[0, begin:end], found.iterations, mine)
+            others.append(kkt.Rest(begin, end, mine, found))
         return tuple(others)
 
     def _solve(self, form: Form, settings: Settings, start: Start | None = None) -> RawPoint:
@@ -148,18 +154,33 @@ def _executor(data: Data, settings: Settings) -> Executor | None:
     return None
 
 
-def _certificates(
-    form: QPForm, known: Certificate | None, others: tuple[tuple[int, kkt.Solved], ...]
-) -> Certificate | None:
-    if all(one.certificate is None for _, one in others):
+MOST_AT_ONCE = 256
+"""Instances that an executor has left, or that stand beside such, which torch operations solve at a time."""
+
+NUMBERS_AT_ONCE = 2**25
+"""Numbers in one KKT matrix of each of them, at most: a dozen or so such tensors live at a time."""
+
+
+def _part(form: QPForm) -> int:
+    """Return how many instances torch operations solve at a time, which is the same for all values of the data."""
+    size = form.n + form.p + form.m
+    return max(1, min(MOST_AT_ONCE, NUMBERS_AT_ONCE // size**2))
+
+
+def _put(target: Tensor, value: Tensor, where: Tensor) -> None:
+    target.copy_(torch.where(where, value, target))
+
+
+def _certificates(form: QPForm, known: Certificate | None, others: tuple[kkt.Rest, ...]) -> Certificate | None:
+    if all(rest.found.certificate is None for rest in others):
         return known
     sizes = {"x": form.n, "nu": form.p, "lam": form.m, "lam_lower": form.n, "lam_upper": form.n}
     count = form.batch_shape.numel()
     rows = {name: form.q.new_full((count, size), torch.nan) for name, size in sizes.items()}
-    for index, one in others:
-        if one.certificate is not None:
-            for target, value in zip(rows.values(), one.certificate, strict=True):
-                target[index] = value
+    for begin, end, mine, found in others:
+        if found.certificate is not None:
+            for target, value in zip(rows.values(), found.certificate, strict=True):
+                _put(target[begin:end], value, mine.unsqueeze(-1))
     return Certificate(**{name: row.view(*form.batch_shape, sizes[name]) for name, row in rows.items()})
 
 

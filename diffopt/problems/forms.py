@@ -250,16 +250,18 @@ class QPForm(Form):
         cone = None if self.cone is self.signature.cone else self.cone
         return QPForm(Q, twin.q, twin.A, twin.b, twin.G, twin.h, twin.lower, twin.upper, cone)
 
-    def instance(self, index: int) -> QPForm:
-        """Return the problem of one instance, by its place in the flattened batch, without batch dimensions."""
-        place = torch.unravel_index(torch.tensor(index), self.batch_shape) if self.batch_shape else ()
-        place = tuple(int(i) for i in place)
-        tensors = {}
+    def part(self, begin: int, end: int) -> QPForm:
+        """Return the problems at these places of the flattened batch, as a batch of one dimension; what all instances
+        share has none."""
+        count, tensors = self.batch_shape.numel(), {}
         for (name, tensor), dims in zip(self.tensors().items(), self.core_dims(), strict=True):
-            core = tensor.shape[tensor.dim() - dims :]
-            tensors[name] = tensor.expand(*self.batch_shape, *core)[place]
+            lead, core = tensor.shape[: tensor.dim() - dims], tensor.shape[tensor.dim() - dims :]
+            if lead.numel() == 1:
+                tensors[name] = tensor.reshape(core)
+            else:
+                tensors[name] = tensor.expand(*self.batch_shape, *core).reshape(count, *core)[begin:end]
         twin = self.with_tensors(tensors)
-        twin.batch_shape = torch.Size()
+        twin.batch_shape = torch.Size((end - begin,))
         twin.signature = Signature(self.dtype, self.device, twin.batch_shape, self.m)
         return twin
 

@@ -61,14 +61,14 @@ class Answer(NamedTuple):
             residuals (primal, dual, gap, as in `diffopt.solution.Residuals`); the counts (iterations, weakly active
             rows, dependent rows, as in `diffopt.Solution`); and the statuses. SOLVED: the relative residuals, as
             recomputed from the original data, are at most the tolerance. UNSOLVED: another executor is to look at it.
-        unsolved: how many instances are not SOLVED.
-        certificate: proofs for instances that have no solution; ``None`` if there are none.
+        unsolved: how many instances are not SOLVED; ``None`` where nobody was to wait for that (`Settings.sync`).
+        certificate: proofs for instances that have no solution; ``None`` if there are none, or nobody was to wait.
         saved: what `Executor.pullback` needs; ``None`` if it was not to be kept.
         name: which variant ran, for `diffopt.Solution.executor`.
     """
 
     packed: Packed
-    unsolved: int
+    unsolved: int | None
     certificate: Certificate | None
     saved: Any
     name: str
@@ -119,6 +119,7 @@ class Executor(ABC):
 
         Returns:
             For each of ``data.tensors()`` its gradient, in its shape (shared tensors: summed over the batch;
-            Q's is symmetric), or ``None``. Zero from instances that are UNSOLVED; NaN from those that failed, if any
-            incoming gradient is not zero. Weakly active rows are left out (the rule ``"inactive"``).
+            Q's is symmetric), or ``None``. Zero from instances that are UNSOLVED and so another executor's; NaN from
+            those that failed, if any incoming gradient is not zero. Where nobody waits (`Settings.sync`) UNSOLVED is
+            failed. Weakly active rows are left out (the rule ``"inactive"``).
         """

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt import waiting
 from diffopt.linalg.saddle import Saddle
 from diffopt.shapes import matvec, max_abs, rmatvec
 from diffopt.solvers.newton_system import NewtonSystem
@@ -100,7 +101,7 @@ def solve(
         primal_infeasible = primal_infeasible | (proven & infeasible)
         dual_infeasible = dual_infeasible | (proven & unbounded & ~infeasible)
         stopped = stopped | (residual <= tolerance) | proven | (stalled >= 3)
-        if count == max_iterations or bool(stopped.all()):
+        if count == max_iterations or waiting.every(stopped):
             break
 
         r_dual = qp.Q.matvec(state.x) + qp.q + rmatvec(qp.A, state.nu) + qp.apply_Ct(state.z * qp.on, state.y)

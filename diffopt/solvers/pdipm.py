@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt import waiting
 from diffopt.linalg.cholesky import cholesky, pivots
 from diffopt.linalg.matrices import Dense
 from diffopt.linalg.saddle import Factor, Saddle
@@ -92,13 +93,13 @@ def solve(data: Data, settings: Settings, tolerance: float, start: Start | None 
     solved = run & (outcome.residual <= tolerance)
     ray = None
     open_ = run & ~solved
-    if bool(open_.any()):
+    if waiting.some(open_):
         status, ray = _certify(qp, outcome, open_, status)
         # What could not be proven infeasible keeps the best point that was found.
     status = torch.where(solved, Status.SOLVED, status)
     status = torch.where(crossed, Status.PRIMAL_INFEASIBLE, status)
     status = torch.where(nonfinite, Status.NONFINITE_INPUT, status).to(torch.int8)
-    rays = _original_rays(qp, ray, data, crossed) if ray is not None or bool(crossed.any()) else None
+    rays = _original_rays(qp, ray, data, crossed) if ray is not None or waiting.some(crossed) else None
     point = original(qp, state)
     return Result(*point, status, outcome.iterations, rays, *parts)
 
@@ -125,7 +126,7 @@ def screen(data: Data) -> Screen:
     if lower is not None and upper is not None:
         over = lower > upper
         crossed = crossed | over.any(-1)
-        if bool(over.any()):
+        if waiting.some(over):
             lower, upper = torch.where(over, -torch.inf, lower), torch.where(over, torch.inf, upper)
     return Screen(Data(Q, q, A, b, G, h, lower, upper, data.batch), bad, crossed & ~bad)
 
@@ -177,7 +178,7 @@ def _solve_scaled(
     first, safe = choose_reduction(qp, settings.reduction)
     groups = [(first, run & safe), ("primal", run & ~safe)]
     # Whether a group is empty decides what is worth running, not what any instance gets.
-    groups = [group for group in groups if bool(group[1].any())] or groups[:1]
+    groups = [group for group in groups if waiting.some(group[1])] or groups[:1]
     outcomes = []
     system: _System | None = None
     for reduction, group in groups:
@@ -190,7 +191,7 @@ def _solve_scaled(
         if done is not None and len(groups) == 1:
             system = _System(done.active, done.factor)
         lost = group & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
-        if thorough and bool(lost.any()):
+        if thorough and waiting.some(lost):
             outcome, system = _again(qp, system, lost, outcome, settings, tolerance)
         outcomes.append((group, reduction, outcome))
     _, name, merged = outcomes[0]
@@ -231,7 +232,7 @@ def _again(
             active = torch.where(better.unsqueeze(-1), done.active, system.active)
             system = _System(active, saddle.factor(active_rows(qp, active), final=True))
         lost = lost & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
-        if not bool(lost.any()):
+        if not waiting.some(lost):
             break
     return outcome, system
 
@@ -275,14 +276,14 @@ def _attempt_near(
         attempts.append((served, (interior_point.Outcome(done.state, residual, spent, *[none] * 4), done)))
         all_served = served
     rest = run & near.usable & ~all_served
-    if bool(rest.any()):
+    if waiting.some(rest):
         outcome = warm.from_near(qp, saddle, near, rest, tolerance, settings.max_iterations, convex)
         outcome, done = _polished(qp, saddle, rest, settings, outcome)
         served = rest & (outcome.residual <= tolerance)
         attempts.append((served, (outcome, done)))
         all_served, spent = all_served | served, torch.where(rest, outcome.iterations, 0)
     # (Those that are not to be solved are in the last outcome too: as they would be without a start.)
-    if not bool(all_served.all()):
+    if not waiting.every(all_served):
         outcome, done = _attempt(qp, saddle, run & ~all_served, settings, tolerance, convex)
         attempts.append((run & ~all_served, (outcome._replace(iterations=outcome.iterations + spent), done)))
     _, found = attempts[-1]
@@ -312,14 +313,17 @@ def _nonconvex(qp: ScaledQP) -> Tensor:
 def _certify(
     qp: ScaledQP, outcome: interior_point.Outcome, open_: Tensor, status: Tensor
 ) -> tuple[Tensor, State | None]:
-    """Look for proofs for the unsolved instances: first in their last iterates, then by auxiliary problems."""
+    """Look for proofs for the unsolved instances: first in their last iterates, then by auxiliary problems.
+
+    (Where the host must not wait, the latter would have to be solved always, and are not.)
+    """
     rays: State | None = None
 
     def claim(proof: certificates.Proof, code: Status) -> None:
         nonlocal open_, status, rays
         status = torch.where(proof.holds, int(code), status)
         open_ = open_ & ~proof.holds
-        if bool(proof.holds.any()):
+        if waiting.some(proof.holds):
             nothing = State(*(torch.zeros_like(v) for v in proof.ray))
             rays = proof.ray.where(proof.holds, nothing if rays is None else rays)
 
@@ -327,19 +331,19 @@ def _certify(
     status = torch.where(open_ & nonconvex, Status.NUMERICAL_ERROR, status)
     open_ = open_ & ~nonconvex
     claim(certificates.check_primal(qp, outcome.state, open_ & outcome.primal_infeasible), Status.PRIMAL_INFEASIBLE)
-    if bool(open_.any()):
+    if waiting.allowed() and waiting.some(open_):
         # Before unboundedness: an instance can be both, and then there is no x at all.
         problem = certificates.least_infeasibility(qp)
         found = _auxiliary(problem, qp.batch, open_)
         claim(_contradiction(qp, outcome.state, found, open_), Status.PRIMAL_INFEASIBLE)
         violated = torch.maximum(max_abs(found.nu), max_abs(found.lam)) > NOISE
-        if bool((open_ & violated).any()):
+        if waiting.some(open_ & violated):
             closer = certificates.seen_closer(problem, found.x, found.nu, found.lam, qp.n)
             found = _auxiliary(closer, qp.batch, open_ & violated)
             claim(_contradiction(qp, outcome.state, found, open_ & violated), Status.PRIMAL_INFEASIBLE)
     convex = _strictly_convex(qp)
     claim(certificates.check_dual(qp, outcome.state.x, open_ & outcome.dual_infeasible, convex), Status.DUAL_INFEASIBLE)
-    if bool(open_.any()):
+    if waiting.allowed() and waiting.some(open_):
         x = _auxiliary(certificates.steepest_recession(qp), qp.batch, open_).x
         claim(certificates.check_dual(qp, x, open_, convex), Status.DUAL_INFEASIBLE)
     return status, rays
