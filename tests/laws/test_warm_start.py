@@ -293,3 +293,15 @@ def test_steps_in_vain_are_counted(executor: Any) -> None:
     cold = solved(problem, executor)
     ones = SimpleNamespace(**{name: torch.ones_like(v) for name, v in values(cold).items()})
     assert bool((solved(problem, executor, ones).iterations > cold.iterations).any())
+
+
+def test_steps_in_vain_are_counted_in_the_dual_form() -> None:
+    problem = data(known.quadratic_program(3, 12, 0, 18, batch=(64,)))
+    found = solved(problem, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    far = SimpleNamespace(
+        **{name: v + 3 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for name, v in values(found).items()}
+    )
+    cold, warm = (solved(problem, "cpu", start, max_iterations=4) for start in (None, far))
+    both = cold.ok & warm.ok
+    assert bool((warm.iterations[both] > 4).any()) and bool((cold.iterations[both] <= 4).all())
