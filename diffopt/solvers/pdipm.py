@@ -272,8 +272,8 @@ def _attempt_near(
     if settings.polish:
         done = warm.by_active_set(qp, saddle, near, run, tolerance)
         served = run & done.accepted & (done.residual <= tolerance)
-        residual, none = torch.where(served, done.residual, torch.inf), torch.zeros_like(served)
-        attempts.append((served, (interior_point.Outcome(done.state, residual, spent, *[none] * 4), done)))
+        none = torch.zeros_like(served)
+        attempts.append((served, (interior_point.Outcome(done.state, done.residual, spent, *[none] * 4), done)))
         all_served = served
     rest = run & near.usable & ~all_served
     if waiting.some(rest):

@@ -294,8 +294,8 @@ def test_the_report_of_scaling(tmp_path: Path) -> None:
 
 
 def test_the_rows_of_the_warm_start(capsys: pytest.CaptureFixture[str]) -> None:
-    warm_start.sequence("small", warm_start.workload(3, 6, 8, 2), 0.01, 4)
-    warm_start.training(2)
+    warm_start.sequence("small", warm_start.workload(3, 6, 8, 2), 0.01, 4, 2)
+    warm_start.training(2, 1)
     small, training = capsys.readouterr().out.splitlines()
     assert small.startswith("small ") and "100 %" in small and small.endswith(" 0.00")
     assert training.startswith("training")
