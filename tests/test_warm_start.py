@@ -236,16 +236,23 @@ def test_derivatives_of_torch_func() -> None:
     assert measures.relative(torch.func.grad(chained)(after["q"]), torch.func.grad(plain)(after["q"])) <= EXACT_ALGEBRA
 
 
-def test_vmap_of_a_start_around_a_derivative_is_refused() -> None:
+@pytest.mark.parametrize("derivative", [torch.func.jacrev, torch.func.jacfwd])
+def test_vmap_of_a_start_around_a_derivative(derivative: Any) -> None:
     arguments = posed()
     start = diffopt.solve_qp(**arguments)
     one = {name: v[0] for name, v in arguments.items()}
 
-    def jacobian(q: Tensor, start: Any) -> Tensor:
-        return torch.func.jacrev(lambda q: diffopt.solve_qp(**moved(one, q), start=start).x)(q)
+    def x(q: Tensor, start: Any) -> Tensor:
+        return diffopt.solve_qp(**moved(one, q), start=start).x
 
+    def jacobian(q: Tensor, start: Any) -> Tensor:
+        return derivative(lambda q: x(q, start))(q)
+
+    got = torch.func.vmap(jacobian)(arguments["q"], start)
+    expected = torch.func.vmap(lambda q: jacobian(q, None))(arguments["q"])
+    assert measures.relative(got, expected) <= EXACT_ALGEBRA
     with pytest.raises(diffopt.NotDifferentiableError, match="A `start` that torch.func.vmap maps"):
-        torch.func.vmap(jacobian)(arguments["q"], start)
+        torch.func.vmap(lambda start: jacobian(one["q"], start))(start)
 
 
 def test_in_a_compiled_graph() -> None:
@@ -267,6 +274,13 @@ def test_in_a_compiled_graph() -> None:
         assert torch.equal(x, expected) and torch.equal(steps, plainly) and torch.equal(steps > 0, plainly > 0)
         assert bool(steps.any()) == (given is None)
         assert measures.relative(leaf.grad, twin.grad) <= EXACT_ALGEBRA
+    names, data = list(after), list(after.values())
+
+    def each(start: Any, *values: Tensor) -> Tensor:
+        return diffopt.solve_qp(**bound(names, values), start=start).iterations
+
+    mapped = torch.compile(lambda start, *values: torch.func.vmap(each)(start, *values), backend="aot_eager")
+    assert not bool(mapped(start, *data).any())
     leaves = SimpleNamespace(**{name: v.clone().requires_grad_() for name, v in fields(start).items()})
     assert not compiled(after["q"], leaves)[0].requires_grad
     with pytest.raises(diffopt.ShapeError, match="start.x"):
