@@ -210,6 +210,9 @@ def test_vmap_over_data_and_start() -> None:
 
     steps = torch.func.vmap(torch.func.vmap(nested))(*fields(flat).values(), *twice)
     assert steps.shape == (BATCH, 2) and not bool(steps.any())
+    turned = [v.movedim(0, 1) for v in fields(start).values()]
+    steps = torch.func.vmap(nested, in_dims=(*(1,) * 5, *(0,) * len(data)))(*turned, *data)
+    assert not bool(steps.any())
     first = SimpleNamespace(**{name: v[0] for name, v in fields(start).items()})
     steps = torch.func.vmap(lambda *values: one(first, *values).iterations)(*[v[:1] for v in data])  # pyright: ignore[reportArgumentType]
     assert not bool(steps.any())
