@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit, infeasible, operators, relaxed, selected, transformed, transforms
+from diffopt import implicit, infeasible, operators, relaxed, selected, transformed, transforms, warm_start
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
@@ -27,6 +27,7 @@ from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import REMEDIES, Certificate, Report, Solution, Status, eigenvalues
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 OnFailure = Literal["raise", "return"]
 OnInfeasible = Elastic | Literal["elastic", "closest"] | None
@@ -57,6 +58,7 @@ class Layer(nn.Module):
 
     Raises:
         UnknownBackend, BackendNotInstalled, SettingsError: at construction.
+        ParameterError: at construction, too: a parameter that calls give is named `start`.
     """
 
     def __init__(
@@ -72,6 +74,12 @@ class Layer(nn.Module):
             raise ParameterError(
                 f"`problem` is {type(problem).__name__}. Expected a diffopt.DifferentiableProblem, for "
                 f"example diffopt.QPStructure(n=...)."
+            )
+        if "start" in problem.given_names():
+            raise ParameterError(
+                f"{type(problem).__name__} has a parameter `start`, but calls of a layer take an earlier solution "
+                f"under this name. Give the parameter another name, declare it learned or fixed, or use "
+                f"diffopt.solve, which takes the parameters apart from `start`."
             )
         self.problem = problem
         self.backend = _checked_backend(backend)
@@ -94,22 +102,28 @@ class Layer(nn.Module):
             if kept:
                 self._parts[name] = tuple(kept)
 
-    def forward(self, *ordered: Any, **given: Any) -> Tensor:
+    def forward(self, *ordered: Any, start: Any = None, **given: Any) -> Tensor:
         """Return the minimiser x, ``(*batch, n)``. Arguments, errors, derivatives as in `solve`."""
-        return self.solve(*ordered, **given).x
+        return self.solve(*ordered, start=start, **given).x
 
-    def solve(self, *ordered: Any, **given: Any) -> Solution:
+    def solve(self, *ordered: Any, start: Any = None, **given: Any) -> Solution:
         """Solve for the given parameter values and return the whole `Solution`.
 
         Inside a region of ``torch.autocast`` half-precision values are cast up, and the solve leaves the region.
 
         Args:
             ordered: the first of the parameters below, in the order of ``problem.given_names()``.
+            start: an earlier `Solution` of a problem of the same sizes (or anything with x, nu, lam, lam_lower and
+                lam_upper), with the same batch dimensions or some that broadcast to them. It saves steps where
+                little has changed: each instance first tries its active set, then begins the method near it,
+                then without it. It changes no status, and no solution that is unique; no gradient flows into it.
+                Instances of it that were not solved are left out. A backend that has no use for it ignores it.
             given: the parameters that the problem does not declare learned or fixed, by name (and weights of `Elastic`
                 constraints that are declared so); batch dimensions lead and broadcast, a tensor without them is shared.
 
         Raises:
             ParameterError, ShapeError, DtypeError, DeviceError: bad input, before anything is solved.
+            SettingsError: ``start`` together with ``on_infeasible``.
             BackendUnsupported: no backend, or not the named one, takes the problem.
             SolveFailed: an instance was not solved and ``on_failure="raise"``.
 
@@ -119,17 +133,17 @@ class Layer(nn.Module):
         values = self._named(ordered, given) if ordered else given
         if lowered():
             with full_precision():
-                return self._solve(raised(values, chain(self.parameters(), self.buffers())))
-        return self._solve(values)
+                return self._solve(raised(values, chain(self.parameters(), self.buffers())), start)
+        return self._solve(values, start)
 
-    def _solve(self, given: Mapping[str, Any]) -> Solution:
+    def _solve(self, given: Mapping[str, Any], start: Any) -> Solution:
         own = {name: self._own(parts) for name, parts in self._parts.items()}
         policy = self.on_infeasible
         weights: dict[str, Any] = {}
         if policy is not None:
             weights, given = infeasible.take_weights(policy, given, own)
         form = self.problem.standard_form(self.problem.collect(given, own))
-        return _solve_form(form, self.backend, self.settings, self.on_failure, policy, weights)
+        return _solve_form(form, self.backend, self.settings, self.on_failure, policy, weights, start)
 
     def _named(self, ordered: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
         """Return all values by name."""
@@ -164,13 +178,14 @@ def solve(
     settings: Settings | None = None,
     on_failure: OnFailure = "raise",
     on_infeasible: OnInfeasible = None,
+    start: Any = None,
 ) -> Solution:
     """Solve a batch of problems of any class.
 
     Args:
         problem: the problem class; its learned and fixed values are those of its declarations.
         params: the other parameter values, by name.
-        backend, settings, on_failure, on_infeasible: as in `Layer`.
+        backend, settings, on_failure, on_infeasible: as in `Layer`; start: as in `Layer.solve`.
 
     Returns, raises, differentiable in: as `Layer.solve`.
     """
@@ -181,7 +196,7 @@ def solve(
     def run(params: Params) -> Solution:
         weights, given = infeasible.take_weights(soft, params)
         form = problem.standard_form(problem.collect(given))
-        return _solve_form(form, solver, chosen, policy, soft, weights)
+        return _solve_form(form, solver, chosen, policy, soft, weights, start)
 
     params = params or {}
     if lowered():
@@ -205,6 +220,7 @@ def solve_qp(
     settings: Settings | None = None,
     on_failure: OnFailure = "raise",
     on_infeasible: OnInfeasible = None,
+    start: Any = None,
 ) -> Solution:
     r"""Solve a batch of quadratic programs.
 
@@ -212,7 +228,7 @@ def solve_qp(
 
     Args:
         Q, q, A, b, G, h, lower, upper: as in `QPForm`; Q = ``None`` is a linear program.
-        backend, settings, on_failure, on_infeasible: as in `Layer`.
+        backend, settings, on_failure, on_infeasible: as in `Layer`; start: as in `Layer.solve`.
 
     Returns:
         :class:`Solution`, with the signs stated there.
@@ -236,21 +252,22 @@ def solve_qp(
     if lowered():
         data = {"Q": Q, "q": q, "A": A, "b": b, "G": G, "h": h, "lower": lower, "upper": upper}
         with full_precision():
-            return _solve_form(QPForm(**raised(data)), solver, chosen, policy, soft, weights)
-    return _solve_form(QPForm(Q, q, A, b, G, h, lower, upper), solver, chosen, policy, soft, weights)
+            return _solve_form(QPForm(**raised(data)), solver, chosen, policy, soft, weights, start)
+    return _solve_form(QPForm(Q, q, A, b, G, h, lower, upper), solver, chosen, policy, soft, weights, start)
 
 
 def _solve_form(
     form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, policy: infeasible.Policy = None,
-    weights: dict[str, Any] | None = None,
+    weights: dict[str, Any] | None = None, start: Any = None,
 ) -> Solution:  # fmt: skip
+    near = None if start is None else warm_start.read(start)
     if policy is None:
-        solution, reported = _attached(form, backend, settings, on_failure)
+        solution, reported = _attached(form, backend, settings, on_failure, near)
     else:
-        _refuse_together(form, settings, policy)
+        _refuse_together(form, settings, policy, near)
 
         def each(form: QPForm) -> Solution:
-            return _attached(form, backend, settings, "return")[0]
+            return _attached(form, backend, settings, "return", None)[0]
 
         solution = infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype))
         reported = False
@@ -262,7 +279,12 @@ def _solve_form(
     return solution
 
 
-def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy) -> None:
+def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy, near: Start | None) -> None:
+    if near is not None:
+        raise SettingsError(
+            f"`start` and on_infeasible={policy!r} do not go together: other problems than this one are solved "
+            f"then, of which the start says nothing. Leave `start` out."
+        )
     if not settings.sync:
         raise SettingsError(
             "`on_infeasible` looks at values, which Settings(sync=False) forbids. Leave out one of the two."
@@ -279,18 +301,20 @@ def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy) 
         )
 
 
-def _attached(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> tuple[Solution, bool]:
+def _attached(
+    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
+) -> tuple[Solution, bool]:
     """Return the solution, attached to the form, and whether no more need be said about its failures."""
     if settings.selection is not None:
-        return _selected(form, backend, settings, on_failure)
+        return _selected(form, backend, settings, on_failure, near)
     if settings.relaxation is None:
-        return _exactly(form, backend, settings, on_failure)
+        return _exactly(form, backend, settings, on_failure, near)
     relaxed.check(form)
     if torch.compiler.is_compiling():
-        return _exactly(form, backend, settings, on_failure)  # (the operators know of it)
+        return _exactly(form, backend, settings, on_failure, near)  # (the operators know of it)
     if any(map(transforms.mapped_here, form.tensors().values())):
-        return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure)), True
-    solution, reported = _exactly(form, backend, settings, on_failure)
+        return _mapped(form, backend, settings, on_failure, near), True
+    solution, reported = _exactly(form, backend, settings, on_failure, near)
     if not implicit.needs_graph(form):
         return solution, reported
 
@@ -300,7 +324,9 @@ def _attached(form: Form, backend: str | Backend, settings: Settings, on_failure
     return relaxed.relax(form, solution, settings, work, _plainly), reported
 
 
-def _selected(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> tuple[Solution, bool]:
+def _selected(
+    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
+) -> tuple[Solution, bool]:
     selected.check(form)
     assert isinstance(form, QPForm)
     if torch.compiler.is_compiling():
@@ -308,7 +334,7 @@ def _selected(form: Form, backend: str | Backend, settings: Settings, on_failure
             "Settings(selection=...) does not go inside torch.compile or torch.export. Call the layer outside."
         )
     if any(map(transforms.mapped_here, form.tensors().values())):
-        return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure)), True
+        return _mapped(form, backend, settings, on_failure, near), True
     if transforms.active():
         raise NotDifferentiableError(
             "Settings(selection=...) does not go inside the derivatives of torch.func, because it looks at values. Use "
@@ -316,20 +342,25 @@ def _selected(form: Form, backend: str | Backend, settings: Settings, on_failure
         )
     inner = settings.replace(selection=None)
 
-    def each(form: QPForm) -> Solution:
-        return _exactly(form, backend, inner, "return")[0]
+    def second(form: QPForm) -> Solution:
+        return _exactly(form, backend, inner, "return", None)[0]
 
-    return selected.select(form, each(form), settings, each), False
+    first, _ = _exactly(form, backend, inner, "return", near)
+    return selected.select(form, first, settings, second), False
 
 
-def _exactly(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> tuple[Solution, bool]:
+def _exactly(
+    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
+) -> tuple[Solution, bool]:
     if torch.compiler.is_compiling():
-        return operators.solution(form, backend, settings, on_failure), True
+        return operators.solution(form, backend, settings, on_failure, near), True
     if transforms.active():
-        return _transformed(form, backend, settings, on_failure), True
+        return _transformed(form, backend, settings, on_failure, near), True
+    if near is not None:
+        near = warm_start.fitted(near, form)
     solver = choose(backend, form)
     attached = implicit.needs_graph(form)
-    found = solver.solve(form, settings, attached)
+    found = solver.solve(form, settings, attached, near)
     solution = implicit.attach_solved(
         form, found, attached, settings.kink_rule, settings.weak_tolerance_for(form.dtype)
     )
@@ -353,7 +384,9 @@ def _plainly(form: Form, work: Callable[[Form], relaxed.Found]) -> relaxed.Found
     return relaxed.Found(implicit.unflatten(done[0].prepared, tuple(prepared)), residual, failed)
 
 
-def _transformed(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
+def _transformed(
+    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
+) -> Solution:
     """Solve inside transforms of ``torch.func``.
 
     Is the innermost a vmap over the data, then the mapped dimension becomes a leading batch dimension, and the rest is
@@ -363,14 +396,15 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
     """
     tensors = form.tensors().values()
     if any(map(transforms.mapped_here, tensors)):
-        return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure))
+        return _mapped(form, backend, settings, on_failure, near)
     rule, weak_tolerance = settings.kink_rule, settings.weak_tolerance_for(form.dtype)
     known: Any = None
     layers = transforms.layers_of(tensors)
     if layers is not None:
         with transforms.outside():
             plain = layers.plain(form)
-            known = choose(backend, plain).solve(plain, settings, keep=True).unpacked()
+            first = None if near is None else warm_start.fitted(layers.start(near, form), plain)
+            known = choose(backend, plain).solve(plain, settings, True, first).unpacked()
             if not known.solved and settings.sync:
                 values = implicit.attach_solved(plain, known.replace(), False, rule, weak_tolerance)
                 _report(values, on_failure)
@@ -378,7 +412,10 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
             return transformed.attach(form, plain, known, layers, weak_tolerance)
 
     def prepare(plain: Form) -> implicit.Prepared:
-        found = choose(backend, plain).solve(plain, settings) if known is None else known
+        found = known
+        if found is None:
+            bare = None if near is None else warm_start.fitted(Start(*map(transforms.bare, near)), plain)
+            found = choose(backend, plain).solve(plain, settings, start=bare)
         prepared = implicit.prepare(plain, found, rule, weak_tolerance)
         if known is None and settings.sync:
             _report(implicit.attach(plain, prepared), on_failure)
@@ -390,12 +427,16 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
 _FIELDS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status")
 
 
-def _unmapped(form: Form, solve: Callable[[Form], Solution]) -> Solution:
+def _mapped(
+    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
+) -> Solution:
     """Solve with the dimension that the innermost vmap maps as the first batch dimension."""
+    lead = len(form.batch_shape)
+    inside = None if near is None else Start(*(transforms.mapped_first(v, lead, 1) for v in near))
     done: list[Solution] = []
 
     def run(inner: Form) -> tuple[Tensor, ...]:
-        solution = solve(inner)
+        solution = _solve_form(inner, backend, settings, on_failure, start=inside)
         done.append(solution)
         certificate = () if solution.certificate is None else solution.certificate
         relaxation = () if solution.gradient_residual is None else (solution.gradient_residual,)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffopt import implicit, kkt, living, relaxed, transforms
+from diffopt import implicit, kkt, living, relaxed, transforms, warm_start
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose
 from diffopt.errors import BackendError, NotDifferentiableError
@@ -30,6 +30,7 @@ from diffopt.problems.base import DifferentiableProblem, NonlinearForm
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import Report, Solution
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 OnFailure = Literal["raise", "return"]
 Found = TypeVar("Found")
@@ -151,11 +152,14 @@ def _leave(reverse: Reverse | None) -> Tensor:
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _solved(data: Sequence[Tensor], spec: Spec, keep: bool) -> tuple[kkt.Solved, Tensor, Reverse | None]:
+def _solved(
+    data: Sequence[Tensor], start: Sequence[Tensor], spec: Spec, keep: bool
+) -> tuple[kkt.Solved, Tensor, Reverse | None]:
     settings = spec.settings
     with transforms.plain_inside_an_operator():
         form = spec.form([tensor.detach() for tensor in data])
-        found = spec.chosen(form).solve(form, settings, keep)
+        near = warm_start.fitted(Start(*(v.detach() for v in start)), form) if start else None
+        found = spec.chosen(form).solve(form, settings, keep, near)
         rule, weak_tolerance = settings.kink_rule, settings.weak_tolerance_for(form.dtype)
         if settings.relaxation is None or not keep:
             return found, *implicit.apart(form, found, rule, weak_tolerance, keep)
@@ -166,11 +170,11 @@ def _solved(data: Sequence[Tensor], spec: Spec, keep: bool) -> tuple[kkt.Solved,
 
 
 @torch.library.custom_op("diffopt::solve", mutates_args=())
-def solve(data: Sequence[Tensor], spec: str) -> Ten:
+def solve(data: Sequence[Tensor], start: Sequence[Tensor], spec: str) -> Ten:
     """Return x, s, nu, lam, lam_lower, lam_upper, status, residuals and counts (batch dimensions first), and the number
-    of what the solve has left behind for its reverse pass."""
+    of what the solve has left behind for its reverse pass. ``start``: the tensors of a `Start`, or none."""
     parsed = read(spec)
-    found, counts, reverse = _solved(data, parsed, parsed.keep)
+    found, counts, reverse = _solved(data, start, parsed, parsed.keep)
     if parsed.settings.sync and not found.solved:
         assert report is not None
         values = kkt.Point(*(v.detach() for v in found.point))
@@ -188,7 +192,7 @@ def solve(data: Sequence[Tensor], spec: str) -> Ten:
 
 
 @solve.register_fake
-def _(data: Sequence[Tensor], spec: str) -> Ten:
+def _(data: Sequence[Tensor], start: Sequence[Tensor], spec: str) -> Ten:
     parsed = read(spec)
     batch, (n, p, m) = _batch(data, parsed), _sizes(data, parsed)
     like = data[0]
@@ -209,7 +213,7 @@ def pullback(
     if memory is not None:
         reverse = memory.reverse
     else:  # what a solve left does not travel with a copy of its number: solve again
-        _, _, again = _solved(data, read(spec), keep=True)
+        _, _, again = _solved(data, (), read(spec), keep=True)
         assert again is not None
         reverse = again
     with transforms.plain_inside_an_operator():
@@ -233,23 +237,23 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    data, ctx.spec = inputs
-    ctx.count = len(data)
+    data, start, ctx.spec = inputs
+    ctx.count, ctx.unused = len(data), [None] * len(start)
     ctx.save_for_backward(*data, *output[:6], output[9])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[list[Tensor | None], None]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[list[Tensor | None], list[None], None]:
     data, (*point, number) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     gradients, parsed = grads[:6], read(ctx.spec)
     needed = tuple(tensor.requires_grad for tensor in data)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         memory = _left.get(int(number))
-        reverse = memory.reverse if memory is not None else _solved(data, parsed, keep=True)[2]
+        reverse = memory.reverse if memory is not None else _solved(data, (), parsed, keep=True)[2]
         assert reverse is not None
-        return list(reverse.with_graph(parsed.form(data), kkt.Point(*point), gradients, needed)), None
+        return list(reverse.with_graph(parsed.form(data), kkt.Point(*point), gradients, needed)), ctx.unused, None
     found = iter(pullback(number, list(data), point, list(gradients), list(needed), ctx.spec))
-    return [next(found) if need else None for need in needed], None
+    return [next(found) if need else None for need in needed], ctx.unused, None
 
 
 solve.register_autograd(_backward, setup_context=_keep_for_backward)
@@ -366,8 +370,16 @@ def _data_first(info: Any, dims: Sequence[int | None], data: Sequence[Tensor], s
 
 
 @solve.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], data: Sequence[Tensor], spec: str) -> tuple[Ten, tuple[Any, ...]]:
-    return solve(_data_first(info, in_dims[0], data, spec), spec), (*(0,) * 9, None)
+def _(
+    info: Any, in_dims: tuple[Any, ...], data: Sequence[Tensor], start: Sequence[Tensor], spec: str
+) -> tuple[Ten, tuple[Any, ...]]:
+    moved = _data_first(info, in_dims[0], data, spec)
+    batch = len(_batch(moved, read(spec))) - 1
+    near = [
+        v if dim is None else transforms.aligned(v.movedim(dim, 0), 1, batch, 1)
+        for v, dim in zip(start, in_dims[1], strict=True)
+    ]
+    return solve(moved, near, spec), (*(0,) * 9, None)
 
 
 def _point_first(info: Any, tensor: Tensor, dim: int | None) -> Tensor:
@@ -434,7 +446,9 @@ def reported(solution: Solution, on_failure: OnFailure) -> Solution:
     return replace(s, x=x, s=slack, nu=nu, lam=lam, lam_lower=lower, lam_upper=upper, _value=lambda: solution.value)
 
 
-def solution(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
+def solution(
+    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None = None
+) -> Solution:
     """Solve by the operators; for the eyes of ``torch.compile`` and ``torch.export``.
 
     Which backend and executor it was is only known when the graph runs: the names are those that were asked for, and a
@@ -447,7 +461,7 @@ def solution(form: Form, backend: str | Backend, settings: Settings, on_failure:
     # (A mapped tensor does not show whether it needs a gradient.)
     keep = torch.is_grad_enabled() and (inside or any(tensor.requires_grad for tensor in data))
     spec = written(form, keep, backend, settings, on_failure)
-    x, s, nu, lam, lower, upper, status, residuals, counts, _ = solve(data, spec)
+    x, s, nu, lam, lower, upper, status, residuals, counts, _ = solve(data, list(near or ()), spec)
     return Solution(
         x, s, lam, nu, lower, upper, status,
         report=Report(residuals.movedim(-1, 0), counts.movedim(-1, 0)),

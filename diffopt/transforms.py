@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffopt import modes
+from diffopt.errors import NotDifferentiableError
 from diffopt.problems.forms import Form
+from diffopt.warm_start import Start
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -41,6 +43,39 @@ def wrapped(tensor: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
+def mapped_first(tensor: Tensor, lead: int, core: int) -> Tensor:
+    """Return what is inside a tensor that the innermost vmap maps, the mapped dimension before as many batch dimensions
+    as ``lead`` says and the ``core`` ones of an instance; other tensors as they are."""
+    if not mapped_here(tensor):
+        return tensor
+    return aligned(_functorch.get_unwrapped(tensor).movedim(_functorch.maybe_get_bdim(tensor), 0), 1, lead, core)
+
+
+def aligned(tensor: Tensor, first: int, batch: int, core: int) -> Tensor:
+    """Return a tensor with as many dimensions between its ``first`` and its ``core`` ones as ``batch`` says."""
+    missing = batch + core - (tensor.dim() - first)
+    return tensor.reshape(*tensor.shape[:first], *[1] * missing, *tensor.shape[first:])
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """Return what is inside the wrappers of derivatives.
+
+    Raises:
+        NotDifferentiableError: a vmap maps the tensor.
+    """
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            raise NotDifferentiableError(_MAPPED_ALONE)
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+_MAPPED_ALONE = (
+    "A `start` that torch.func.vmap maps, around a derivative, needs data that the same vmap maps. Pass the batch as "
+    "leading dimensions instead, or leave `start` out."
+)
+
+
 class Layers(NamedTuple):
     """What surrounds a derivative of ``torch.func``, if it is the innermost transform, all others are vmaps, and
     nothing further outside wants a derivative of what is inside the tensors.
@@ -59,15 +94,27 @@ class Layers(NamedTuple):
         inside = {name: _Inside.of(tensor) for name, tensor in form.tensors().items()}
         if not self.mapped:
             return form.with_tensors({name: found.tensor for name, found in inside.items()})
-        batch, levels, named = len(form.batch_shape), len(self.mapped), {}
-        for (name, found), core in zip(inside.items(), form.core_dims(), strict=True):
-            tensor = found.tensor
-            if found.dims:
-                tensor = found.with_first(self.mapped)
-                lead = tensor.dim() - levels - core
-                tensor = tensor.reshape(*tensor.shape[:levels], *[1] * (batch - lead), *tensor.shape[levels:])
-            named[name] = tensor
+        batch, cores = len(form.batch_shape), form.core_dims()
+        named = {
+            name: self._plain(found, batch, core) for (name, found), core in zip(inside.items(), cores, strict=True)
+        }
         return form.rebatched(named)
+
+    def start(self, start: Start, form: Form) -> Start:
+        """Return a start of the form as `plain` returns the form.
+
+        Raises:
+            NotDifferentiableError: a vmap maps it that does not map the data.
+        """
+        inside = [_Inside.of(tensor) for tensor in start]
+        if any(level not in self.mapped for found in inside for level, _ in found.dims):
+            raise NotDifferentiableError(_MAPPED_ALONE)
+        return Start(*(self._plain(found, len(form.batch_shape), 1) for found in inside))
+
+    def _plain(self, found: _Inside, batch: int, core: int) -> Tensor:
+        if not found.dims:
+            return found.tensor
+        return aligned(found.with_first(self.mapped), len(self.mapped), batch, core)
 
     def covered(self, tensor: Tensor, second: bool = False) -> Tensor:
         """Return a plain tensor, mapped dimensions first (or ``second``), as the vmaps show it."""

@@ -123,6 +123,21 @@ FAULTS = [
           "test_training.py"),
     Fault("autocast reaches the solve", "layer.py", "with full_precision():", "if True:", "test_modules.py"),
     Fault("value from changed data", "implicit.py", "if tensor._version != version or freed:", "if False:", "test_solution.py"),
+    # The warm start.
+    Fault("failed instances of a start used", "warm_start.py", "x = torch.where(ok.unsqueeze(-1), x, torch.nan)", "pass",
+          "laws/test_warm_start.py"),
+    Fault("what was found near a start is accepted wherever it ended", "solvers/pdipm.py",
+          "served = rest & (outcome.residual <= tolerance)", "served = rest", "laws/test_warm_start.py"),
+    Fault("the factor of another active set after a start", "solvers/pdipm.py",
+          "second._replace(active=active, factor=saddle.factor(active_rows(qp, active), final=True))",
+          "second._replace(active=active)", "laws/test_warm_start.py"),
+    Fault("compiled: any active set of a start is right", "solvers/cpu/general.hpp", "if (with_polish && polish(tolerance, WARM_FLIPS))",
+          "if (with_polish && polish(INF, WARM_FLIPS))", "laws/test_warm_start.py"),
+    Fault("compiled: what was found near a start is accepted wherever it ended", "solvers/cpu/general.hpp",
+          "with_polish, diagonal) == CONVERGED;\n    }", "with_polish, diagonal) != BROKEN;\n    }", "laws/test_warm_start.py"),
+    Fault("compiled: the first start for all lanes", "solvers/cpu/dual.hpp",
+          "const T* source = static_cast<const T*>(from) + i * size;\n                for",
+          "const T* source = static_cast<const T*>(from) + first_ * size;\n                for", "laws/test_warm_start.py"),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import diffopt
 
 ROOT = Path(diffopt.__file__).parent
 GROUND = {"errors", "living", "shapes", "precision", "modes", "packed", "solution", "cones", "linalg", "waiting"}
-GROUND |= {"_version"}
+GROUND |= {"warm_start", "_version"}
 ALLOWED = {
     "problems": GROUND | {"problems"},
     "solvers": GROUND | {"solvers"},

@@ -288,8 +288,8 @@ def written(**options: Any) -> tuple[list[Tensor], str]:
 def test_torch_checks_the_operators() -> None:
     data, spec = written()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.diffopt.solve.default, (data, spec), test_utils=tests)
-    *point, status, _, _, _ = (v.detach() for v in operators.solve(data, spec))
+    torch.library.opcheck(torch.ops.diffopt.solve.default, (data, [], spec), test_utils=tests)
+    *point, status, _, _, _ = (v.detach() for v in operators.solve(data, [], spec))
     torch.library.opcheck(torch.ops.diffopt.value.default, (data, point, status, spec), test_utils=tests)
 
 
@@ -297,7 +297,7 @@ def test_what_a_solve_leaves_goes_with_its_number_and_is_found_again_without_it(
     data, spec = written()
     gc.collect()
     before = len(operators._left)
-    *point, _, _, _, number = operators.solve(data, spec)
+    *point, _, _, _, number = operators.solve(data, [], spec)
     point = [v.detach() for v in point]
     gradients, needed = [torch.ones_like(point[0]), *[None] * 5], [True] * len(data)
     assert len(operators._left) == before + 1
@@ -317,7 +317,7 @@ def test_a_graph_does_not_outlive_its_problem() -> None:
     form = problem.standard_form({"c": c, "cap": torch.tensor(0.5, dtype=f64)})
     spec = operators.written(form, False, "auto", diffopt.Settings(), "raise")
     data = list(form.tensors().values())
-    assert operators.solve(data, spec)[0].shape == (2, 3)
+    assert operators.solve(data, [], spec)[0].shape == (2, 3)
     twin = copy.copy(problem)
     assert living.find(id(twin)) is twin and living.find(id(problem)) is problem
     del problem, form
@@ -326,7 +326,7 @@ def test_a_graph_does_not_outlive_its_problem() -> None:
     with pytest.raises(
         diffopt.BackendError, match="The problem that this graph was compiled or exported with lives no"
     ):
-        operators.solve(data, spec)
+        operators.solve(data, [], spec)
 
 
 def test_a_graph_does_not_outlive_its_backend() -> None:
@@ -338,7 +338,7 @@ def test_a_graph_does_not_outlive_its_backend() -> None:
     with pytest.raises(
         diffopt.BackendError, match="The backend instance that this graph was compiled or exported with"
     ):
-        operators.solve(tensors, spec)
+        operators.solve(tensors, [], spec)
 
 
 def test_a_hessian_of_ones_own_is_refused_in_words() -> None:

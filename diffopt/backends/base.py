@@ -18,6 +18,7 @@ from diffopt.living import Living
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import ALMOST, INDEFINITE, Certificate, Residuals, Status
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 AnyForm = TypeVar("AnyForm", bound=Form)
 
@@ -35,6 +36,8 @@ class Capabilities:
         accuracy: relative residual that it ordinarily reaches in float64.
         asynchronous: can solve without waiting for the device (`Settings.sync` = False).
         priority: ``backend="auto"`` takes the supporting backend with the highest.
+        warm_start: makes use of an earlier solution: ``_solve(form, settings, start)``, where ``start`` is a
+            `diffopt.warm_start.Start` that fits the form, or ``None``. Other backends never see one, and solve as ever.
     """
 
     forms: tuple[type[Form], ...] = (QPForm,)
@@ -45,6 +48,7 @@ class Capabilities:
     accuracy: float = 1e-9
     asynchronous: bool = False
     priority: int = 0
+    warm_start: bool = False
 
 
 @dataclass
@@ -113,13 +117,14 @@ class Backend(Living, ABC):
         return None
 
     @torch.no_grad()
-    def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
+    def solve(self, form: Form, settings: Settings, keep: bool = False, start: Start | None = None) -> kkt.Solved:
         """Solve a batch without a graph, recompute the residuals from the original data, and correct the status.
 
         Args:
             form: the problem.
             settings: see `Settings`.
             keep: whether a pullback will be of use.
+            start: an earlier solution that fits the form; used by backends that can (`Capabilities`).
         """
         if not settings.sync and not self.can.asynchronous:
             raise BackendUnsupported(
@@ -127,8 +132,9 @@ class Backend(Living, ABC):
                 f"or take the backend 'pdipm' with a quadratic program."
             )
         form = form.detach()
+        solve: Callable[..., RawPoint] = self._solve
         with waiting.allow(settings.sync):
-            raw = self._solve(form, settings)
+            raw = solve(form, settings, start) if self.can.warm_start else solve(form, settings)
         s = -form.inequalities(raw.x) if raw.s is None else raw.s
         s = s + form.cone.violation(s)  # in the cone; what was outside counts as primal residual
         point = kkt.Point(raw.x, s, raw.nu, raw.lam, raw.lam_lower, raw.lam_upper)

@@ -17,6 +17,7 @@ from diffopt.solution import Certificate, Status
 from diffopt.solvers import cpu_executor, cuda_executor, pdipm
 from diffopt.solvers.executor import Answer, Data, Executor
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 
 @register("pdipm")
@@ -35,9 +36,10 @@ class PdipmBackend(Backend):
         accuracy=1e-9,
         asynchronous=True,
         priority=100,
+        warm_start=True,
     )
 
-    def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
+    def solve(self, form: Form, settings: Settings, keep: bool = False, start: Start | None = None) -> kkt.Solved:
         """Solve a batch; see `Backend.solve`. A compiled executor recomputes the residuals itself."""
         assert isinstance(form, QPForm)
         notes = form.signature.notes
@@ -50,9 +52,9 @@ class PdipmBackend(Backend):
             notes["pdipm"] = plan = _Plan(settings, executor, _tolerance(form, settings), weak)
         executor = plan.executor
         if executor is None:
-            return super().solve(form, settings)
-        answer = executor.solve(data, settings, plan.tolerance, plan.weak_tolerance, keep)
-        others = self._solve_rest(form, settings, answer) if answer.unsolved and settings.sync else ()
+            return super().solve(form, settings, start=start)
+        answer = executor.solve(data, settings, plan.tolerance, plan.weak_tolerance, keep, start)
+        others = self._solve_rest(form, settings, answer, start) if answer.unsolved and settings.sync else ()
         name = "+".join([answer.name, *sorted({rest.found.executor for rest in others})]) if others else answer.name
         return kkt.Solved(
             None, None, None, _certificates(form, answer.certificate, others), self.name, name,
@@ -60,7 +62,9 @@ class PdipmBackend(Backend):
             others=others, solved=answer.unsolved == 0, packed=answer.packed, sync=settings.sync,
         )  # fmt: skip
 
-    def _solve_rest(self, form: QPForm, settings: Settings, answer: Answer) -> tuple[kkt.Rest, ...]:
+    def _solve_rest(
+        self, form: QPForm, settings: Settings, answer: Answer, start: Start | None
+    ) -> tuple[kkt.Rest, ...]:
         """Solve what the executor left by torch operations, into its answer; return it on its own, too.
 
         Parts of the batch are solved, of which shapes alone decide. So an instance has the same neighbours there
@@ -79,7 +83,8 @@ class PdipmBackend(Backend):
             if not bool(mine.any()):
                 continue
             # (Whether there is a factor for the reverse pass does depend on all instances.)
-            found = super().solve(form.part(begin, end), settings).replace(system=None)
+            near = None if start is None else start.part(begin, end, shape)
+            found = super().solve(form.part(begin, end), settings, start=near).replace(system=None)
             for target, value in zip(flat, found.point, strict=True):
                 _put(target[begin:end], value, mine.unsqueeze(-1))
             _put(status[begin:end], found.status, mine)
@@ -89,7 +94,7 @@ class PdipmBackend(Backend):
             others.append(kkt.Rest(begin, end, mine, found))
         return tuple(others)
 
-    def _solve(self, form: Form, settings: Settings) -> RawPoint:
+    def _solve(self, form: Form, settings: Settings, start: Start | None = None) -> RawPoint:
         assert isinstance(form, QPForm)
 
         def double(tensor: Tensor | None) -> Tensor | None:
@@ -106,7 +111,8 @@ class PdipmBackend(Backend):
             double(form.upper),
             form.batch_shape,
         )
-        result = pdipm.solve(data, settings, _tolerance(form, settings))
+        near = None if start is None else Start(*(v.double() for v in start.expand(form.batch_shape)))
+        result = pdipm.solve(data, settings, _tolerance(form, settings), near)
         x, nu, lam, lam_lower, lam_upper, s = (v.to(form.dtype) for v in result[:6])
         certificate = None if result.ray is None else Certificate(*(v.to(form.dtype) for v in result.ray))
         return RawPoint(

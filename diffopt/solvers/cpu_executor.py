@@ -25,6 +25,7 @@ from diffopt.solution import ALMOST, Certificate, Status
 from diffopt.solvers import library
 from diffopt.solvers.executor import Answer, Data, Executor, Point
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 LANES_UP_TO = 32
 """Variables, and constraints, up to which a problem takes one lane of a register rather than all of them."""
@@ -36,8 +37,9 @@ MOST_LAYOUTS = 1000
 """Combinations of shapes that are remembered."""
 
 _REDUCTIONS = {"auto": 0, "dual": 1, "diagonal": 2, "primal": 3}
+_NO_START = (0,) * 5
 _HEAD = struct.Struct("7q")
-_CALL = struct.Struct("18q14q4d6q")
+_CALL = struct.Struct("23q14q4d6q")
 _GRADIENTS = struct.Struct("15q")
 _MANY = struct.Struct("4q")
 _COUNT = (1 << 40) - 1
@@ -139,8 +141,17 @@ class CpuExecutor(Executor):
             return f"does not know {type(data.Q).__name__}"
         return None
 
-    def solve(self, data: Data, settings: Settings, tolerance: float, weak_tolerance: float, keep: bool) -> Answer:
+    def solve(
+        self,
+        data: Data,
+        settings: Settings,
+        tolerance: float,
+        weak_tolerance: float,
+        keep: bool,
+        start: Start | None = None,
+    ) -> Answer:
         """See `Executor`."""
+        near = None if start is None else start.expand(data.batch)
         layout = self._layout(data)
         kept, pointers = layout.pointers(data)
         count = layout.count
@@ -154,7 +165,7 @@ class CpuExecutor(Executor):
             at_once = at_saved + 8 * count * size if once else 0
         claim = settings.tolerance_for(data.q.dtype)
         call = layout.head + _CALL.pack(
-            *pointers, *layout.strides,
+            *pointers, *layout.strides, *(_NO_START if near is None else [v.data_ptr() for v in near]),
             x, s, lam, nu, lower, upper, status, counts, counts + 8 * count, counts + 16 * count, residuals,
             at_saved, at_once, size,
             tolerance, weak_tolerance, claim, claim if claim > ALMOST else ALMOST, settings.max_iterations,
@@ -392,7 +403,7 @@ class _Layout:
         known = self._saved.get(key)
         if known is None:
             call = self.head + _CALL.pack(
-                *self.present, *self.strides, *[0] * 14,
+                *self.present, *self.strides, *_NO_START, *[0] * 14,
                 0.0, 0.0, 0.0, 0.0, 0, _REDUCTIONS[settings.reduction], settings.polish, 0, 0, LANES_UP_TO,
             )  # fmt: skip
             known = self._saved[key] = handle.diffopt_saved_size(call, 0), handle.diffopt_saved_size(call, 1)

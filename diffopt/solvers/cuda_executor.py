@@ -23,6 +23,7 @@ from diffopt.linalg.matrices import Dense
 from diffopt.packed import Arrangement, Packed
 from diffopt.solvers.executor import Answer, Data, Executor, Point
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 SOURCES = Path(__file__).parent / "cuda"
 
@@ -290,8 +291,16 @@ class CudaExecutor(Executor):
                 return f"needs {needed} bytes of shared memory for a problem of this size, the device has {limit}"
         return None
 
-    def solve(self, data: Data, settings: Settings, tolerance: float, weak_tolerance: float, keep: bool) -> Answer:
-        """See `Executor`."""
+    def solve(
+        self,
+        data: Data,
+        settings: Settings,
+        tolerance: float,
+        weak_tolerance: float,
+        keep: bool,
+        start: Start | None = None,
+    ) -> Answer:
+        """See `Executor`. A start is left unused."""
         sizes, batch, q = _sizes(data), data.batch, data.q
         count = batch.numel()
         fields = _fields(data)

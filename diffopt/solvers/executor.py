@@ -16,6 +16,7 @@ from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.packed import Packed
 from diffopt.solution import Certificate
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 
 class Data(NamedTuple):
@@ -90,13 +91,23 @@ class Executor(ABC):
         """Return why this executor cannot take the batch (its structure, size, device), or ``None``."""
 
     @abstractmethod
-    def solve(self, data: Data, settings: Settings, tolerance: float, weak_tolerance: float, keep: bool) -> Answer:
+    def solve(
+        self,
+        data: Data,
+        settings: Settings,
+        tolerance: float,
+        weak_tolerance: float,
+        keep: bool,
+        start: Start | None = None,
+    ) -> Answer:
         """Solve what can be solved.
 
         Args:
             tolerance: worst relative residual of a SOLVED instance.
             weak_tolerance: see `Settings.weak_tolerance`.
             keep: whether `pullback` will be called.
+            start: an earlier solution to begin with. An executor may leave it unused: a status never depends on it, and
+                a solution that is unique only within the tolerance.
         """
 
     @abstractmethod

@@ -30,7 +30,8 @@ class Outcome(NamedTuple):
     """Where the iteration ended, per instance.
 
     ``residual``: worst relative residual of ``state``; ``iterations``; ``primal_infeasible`` and
-    ``dual_infeasible``: ``state`` holds a direction that proves it; ``failed``: linear algebra broke down.
+    ``dual_infeasible``: ``state`` holds a direction that proves it; ``failed``: linear algebra broke down; ``limited``:
+    the last iteration that was allowed has been made.
     """
 
     state: State
@@ -39,6 +40,7 @@ class Outcome(NamedTuple):
     primal_infeasible: Tensor
     dual_infeasible: Tensor
     failed: Tensor
+    limited: Tensor
 
 
 def solve(
@@ -50,6 +52,7 @@ def solve(
     bounded: bool = False,
     hold: bool = False,
     weight: float = 1.0,
+    begin: State | None = None,
 ) -> Outcome:
     """Solve the instances marked in ``run`` by Mehrotra's predictor-corrector method.
 
@@ -66,6 +69,7 @@ def solve(
         hold: give every row an equation of its own in the n x n form. Slower; does not lose flat directions of Q
             where weights are large.
         weight: of the rows at the start, see `start`.
+        begin: the first iterate, inside the cone; by default that of `start`.
 
     References:
         Mehrotra (1992), "On the implementation of a primal-dual interior point method"; for QPs and
@@ -76,7 +80,7 @@ def solve(
     """
     # The n x n form loses what stands between its smallest and largest weight; the others need no refinement.
     refinements = 2 if system.reduction == "primal" else 0
-    state = start(qp, system, hold, weight)
+    state = start(qp, system, hold, weight) if begin is None else begin
     shape = qp.batch
     best, best_residual = state, torch.full(shape, torch.inf, dtype=qp.q.dtype, device=qp.q.device)
     stopped = ~run.expand(shape)
@@ -133,7 +137,8 @@ def solve(
         stalled = torch.where(alpha < 1e-4, stalled + 1, 0)
         last_mu = mu
 
-    return Outcome(best, best_residual, iterations, primal_infeasible, dual_infeasible, failed)
+    limited = iterations >= max_iterations
+    return Outcome(best, best_residual, iterations, primal_infeasible, dual_infeasible, failed, limited)
 
 
 def start(qp: ScaledQP, system: Saddle, hold: bool = False, weight: float = 1.0) -> State:

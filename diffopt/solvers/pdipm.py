@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ from diffopt.linalg.saddle import Factor, Saddle
 from diffopt.linalg.scaling import Scaling, regularisation
 from diffopt.shapes import max_abs
 from diffopt.solution import INDEFINITE, Status
-from diffopt.solvers import certificates, interior_point
+from diffopt.solvers import certificates, interior_point, warm
 from diffopt.solvers.executor import Data
 from diffopt.solvers.polish import Polished, active_rows, polish
 from diffopt.solvers.scaled_qp import NOISE, ScaledQP, State
 from diffopt.solvers.settings import Settings
+from diffopt.warm_start import Start
 
 SAFE_CONDITION = 1e8
 """Estimated condition of Q up to which it is eliminated first (residuals stall above: at 1e10 near 1e-7)."""
@@ -71,20 +73,22 @@ class Screen(NamedTuple):
     crossed: Tensor
 
 
-def solve(data: Data, settings: Settings, tolerance: float) -> Result:
+def solve(data: Data, settings: Settings, tolerance: float, start: Start | None = None) -> Result:
     """Solve a batch of convex quadratic programs; one status per instance, nothing raised for values.
 
     Args:
         data: float64 tensors without a graph.
         settings: limits and choices; ``tolerance`` in its place for the residuals.
+        start: an earlier solution, in float64 and with all batch dimensions.
     """
     screened, nonfinite, crossed = screen(data)
     run = ~(nonfinite | crossed)
     qp = scale(screened)
-    outcome, parts = _solve_scaled(qp, run, settings, tolerance)
+    near = None if start is None else warm.near(qp, start)
+    outcome, parts = _solve_scaled(qp, run, settings, tolerance, near=near)
     state = outcome.state
     # What stopped before its last iteration broke down or made no more progress.
-    limit = (outcome.iterations >= settings.max_iterations) & ~outcome.failed
+    limit = outcome.limited & ~outcome.failed
     status = torch.where(limit, int(Status.MAX_ITERATIONS), int(Status.NUMERICAL_ERROR))
     solved = run & (outcome.residual <= tolerance)
     ray = None
@@ -160,11 +164,16 @@ def _strictly_convex(qp: ScaledQP) -> Tensor:
 
 
 def _solve_scaled(
-    qp: ScaledQP, run: Tensor, settings: Settings, tolerance: float, thorough: bool = True
+    qp: ScaledQP,
+    run: Tensor,
+    settings: Settings,
+    tolerance: float,
+    thorough: bool = True,
+    near: warm.Near | None = None,
 ) -> tuple[interior_point.Outcome, tuple[ActiveSystem | None, str]]:
     """Solve the marked instances; return the outcome, and (system, reduction).
 
-    ``thorough``: try those that stay unsolved once more, by a slower elimination.
+    ``thorough``: try those that stay unsolved once more, by a slower elimination. ``near``: an earlier solution.
     """
     first, safe = choose_reduction(qp, settings.reduction)
     groups = [(first, run & safe), ("primal", run & ~safe)]
@@ -177,7 +186,8 @@ def _solve_scaled(
         if reduction == "primal":
             group = group & ~_nonconvex(qp)
         convex = reduction != "primal"
-        outcome, done = _attempt(qp, saddle, group, settings, tolerance, convex)
+        attempt = _attempt if near is None else partial(_attempt_near, near)
+        outcome, done = attempt(qp, saddle, group, settings, tolerance, convex)
         if done is not None and len(groups) == 1:
             system = _System(done.active, done.factor)
         lost = group & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
@@ -232,12 +242,59 @@ def _merged(where: Tensor, new: interior_point.Outcome, old: interior_point.Outc
     return interior_point.Outcome(new.state.where(where, old.state), *rest)
 
 
+Attempt = tuple[interior_point.Outcome, Polished | None]
+
+
+def _either(qp: ScaledQP, saddle: Saddle, where: Tensor, one: Attempt, other: Attempt) -> Attempt:
+    """Return ``one`` where ``where`` ``(*batch,)`` holds, else ``other``."""
+    outcome, first, second = _merged(where, one[0], other[0]), one[1], other[1]
+    if first is None or second is None:
+        return outcome, second
+    active = torch.where(where.unsqueeze(-1), first.active, second.active)
+    return outcome, second._replace(active=active, factor=saddle.factor(active_rows(qp, active), final=True))
+
+
 def _attempt(
     qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool, hold: bool = False,
     weight: float = 1.0,
-) -> tuple[interior_point.Outcome, Polished | None]:  # fmt: skip
+) -> Attempt:  # fmt: skip
     """Iterate, and polish if that is wanted."""
     outcome = interior_point.solve(qp, saddle, run, tolerance, settings.max_iterations, convex, hold, weight)
+    return _polished(qp, saddle, run, settings, outcome)
+
+
+def _attempt_near(
+    near: warm.Near, qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool
+) -> Attempt:
+    """Solve what can be solved from an earlier solution, and the rest as if there were none."""
+    attempts: list[tuple[Tensor, Attempt]] = []
+    all_served, spent = torch.zeros_like(run), torch.zeros(qp.batch, dtype=torch.int64, device=qp.q.device)
+    if settings.polish:
+        done = warm.by_active_set(qp, saddle, near, run, tolerance)
+        served = run & done.accepted & (done.residual <= tolerance)
+        none = torch.zeros_like(served)
+        attempts.append((served, (interior_point.Outcome(done.state, done.residual, spent, *[none] * 4), done)))
+        all_served = served
+    rest = run & near.usable & ~all_served
+    if waiting.some(rest):
+        outcome = warm.from_near(qp, saddle, near, rest, tolerance, settings.max_iterations, convex)
+        outcome, done = _polished(qp, saddle, rest, settings, outcome)
+        served = rest & (outcome.residual <= tolerance)
+        attempts.append((served, (outcome, done)))
+        all_served, spent = all_served | served, torch.where(rest, outcome.iterations, 0)
+    # (Those that are not to be solved are in the last outcome too: as they would be without a start.)
+    if not waiting.every(all_served):
+        outcome, done = _attempt(qp, saddle, run & ~all_served, settings, tolerance, convex)
+        attempts.append((run & ~all_served, (outcome._replace(iterations=outcome.iterations + spent), done)))
+    _, found = attempts[-1]
+    for served, attempt in attempts[:-1]:
+        found = _either(qp, saddle, served, attempt, found)
+    return found
+
+
+def _polished(
+    qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, outcome: interior_point.Outcome
+) -> Attempt:
     if not settings.polish:
         return outcome, None
     # An active set can be right long before the point is; whether it is, the polish finds out.

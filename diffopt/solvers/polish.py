@@ -26,7 +26,7 @@ class Polished(NamedTuple):
     factor: Factor
 
 
-def polish(qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Tensor) -> Polished:
+def polish(qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Tensor, rounds: int = ROUNDS) -> Polished:
     """Solve for the point where the active rows hold with equality and the others have no multiplier.
 
     The active set is read in equilibrated units, z > s. A row whose multiplier or slack then
@@ -36,6 +36,7 @@ def polish(qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Te
     Args:
         state, residual: where the interior-point method ended, and its worst relative residual.
         run: ``(*batch,)`` the instances to polish.
+        rounds: how many active sets to try.
     """
     dtype = qp.q.dtype
     slack = 1e-10 if dtype == torch.float64 else 1e-5
@@ -44,7 +45,7 @@ def polish(qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Te
     best, best_residual, accepted = state, residual, torch.zeros_like(run)
     best_active, pending, candidate = active, run, state
     factor = _factor(qp, system, active)
-    for round_ in range(ROUNDS):
+    for round_ in range(rounds):
         if round_:
             factor = _factor(qp, system, active)
         candidate = _solve(qp, factor, active, candidate)

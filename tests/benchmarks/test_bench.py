@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import diffopt
-from benchmarks import accuracy, report, run, scaling, timing, workload
+from benchmarks import accuracy, report, run, scaling, timing, warm_start, workload
 from benchmarks.accuracy import Answer
 from benchmarks.peers import PEERS
 from benchmarks.peers.base import LoopPeer
@@ -291,6 +291,14 @@ def test_the_report_of_scaling(tmp_path: Path) -> None:
     assert "1 MiB | 2 MiB | 2.00" in text and "no memory" in text
     assert scaling.plot(results, tmp_path / "scaling.png").stat().st_size > 1000
     assert scaling.slope([(1, 1), (10, 3), (20, 12)]) == pytest.approx(2.0)
+
+
+def test_the_rows_of_the_warm_start(capsys: pytest.CaptureFixture[str]) -> None:
+    warm_start.sequence("small", warm_start.workload(3, 6, 8, 2), 0.01, 4, 2)
+    warm_start.training(2, 1)
+    small, training = capsys.readouterr().out.splitlines()
+    assert small.startswith("small ") and "100 %" in small and small.endswith(" 0.00")
+    assert training.startswith("training")
 
 
 def test_a_worker_answers_as_the_peer_does_and_says_why_it_cannot() -> None:

@@ -30,12 +30,20 @@ inline void prefer_large_pages(const void* memory, std::size_t bytes) {
 enum Field { FIELD_Q, FIELD_FACTOR, FIELD_q, FIELD_A, FIELD_b, FIELD_G, FIELD_h, FIELD_LOWER, FIELD_UPPER, FIELDS };
 enum HessianKind : int64_t { DENSE, DIAGONAL, DIAGONAL_PLUS_LOW_RANK };
 
+// An earlier solution from which to begin: arrays over the batch, contiguous, of the data's type; null if there is none.
+// An instance with NaN or infinity in it begins without.
+struct Start {
+    const void *x, *nu, *lam, *lower, *upper;
+    bool given() const { return x != nullptr; }
+};
+
 // Every field is 8 bytes wide, so that the other side can write it as one array of numbers.
 struct Batch {
     int64_t count, n, p, m, rank;  // rank: columns of the low-rank factor of Q
     int64_t hessian, single;       // a HessianKind; whether the data is float32
     const void* data[FIELDS];      // null where absent
     int64_t stride[FIELDS];        // numbers from one instance to the next; 0: shared by all
+    Start start;
 
     bool has(Field f) const { return data[f] != nullptr; }
     bool bounded() const { return has(FIELD_LOWER) || has(FIELD_UPPER); }

@@ -27,6 +27,7 @@ class Whole {
             Cx_ = a.take(main_.problem.rows);
             eq_ = a.take(main_.problem.pp);
             direction_ = main_.problem.take_state(a);
+            near_ = main_.problem.take_state(a);
         });
     }
 
@@ -46,7 +47,8 @@ class Whole {
         }
         k.equilibrate();
         const bool primal = options.reduction == REDUCE_PRIMAL || options.reduction == REDUCE_DUAL;
-        const Ending end = main_.solve(options.tolerance, options.max_iterations, options.polish, primal);
+        const bool near = batch.start.given() && (batch.single ? read_start<float>(batch, i) : read_start<double>(batch, i));
+        const Ending end = main_.solve(options.tolerance, options.max_iterations, options.polish, primal, near ? &near_ : nullptr);
         int8_t status = end == AT_LIMIT ? MAX_ITERATIONS : NUMERICAL_ERROR;
         if (main_.errors.worst <= options.tolerance) status = SOLVED;
         else if (end != NOT_CONVEX) status = certify(end, status);
@@ -82,6 +84,37 @@ class Whole {
     Arena elastic_memory_, recession_memory_;
     double *weak_, *pull_, *Cx_, *eq_;
     State direction_;  // the certificate, in equilibrated units
+    State near_;       // an earlier solution, in equilibrated units
+
+    // Reads the earlier solution of instance i into near_; false if it is not finite.
+    template <class T> bool read_start(const Batch& batch, Index i) {
+        const Scaled& k = main_.problem;
+        const Start& from = batch.start;
+        const State& v = near_;
+        double finite = 0;  // stays zero only if nothing is infinite or NaN
+        auto each = [&](const void* values, Index size, auto take) {
+            const T* source = static_cast<const T*>(values) + i * size;
+            for (Index j = 0; j < size; j++) {
+                const double value = static_cast<double>(source[j]);
+                finite += value * 0.0;
+                take(j, value);
+            }
+        };
+        auto multiplier = [&](Index row, double value) { v.z[row] = k.on[row] != 0 ? std::max(0.0, value) : 0.0; };
+        std::fill_n(v.z, k.rows, 0.0), std::fill_n(v.y, k.np, 0.0);
+        each(from.x, k.k.n, [&](Index j, double x) { v.x[j] = k.fixed[j] != 0 ? k.target[j] : x / k.dx[j]; });
+        each(from.nu, k.k.p, [&](Index r, double nu) { v.nu[r] = nu * k.cost / k.eq[r]; });
+        each(from.lam, k.k.m, [&](Index r, double lam) { multiplier(r, lam * k.cost / k.row[r]); });
+        each(from.lower, k.k.n, [&](Index j, double force) {
+            if (k.fixed[j] != 0) v.y[j] -= force * k.cost * k.dx[j];
+            else if (k.k.lower) multiplier(k.lower_at + j, force * k.cost * k.dx[j]);
+        });
+        each(from.upper, k.k.n, [&](Index j, double force) {
+            if (k.fixed[j] != 0) v.y[j] += force * k.cost * k.dx[j];
+            else if (k.k.upper) multiplier(k.upper_at + j, force * k.cost * k.dx[j]);
+        });
+        return finite == 0;
+    }
 
     // ---- proofs ----------------------------------------------------------------------------------------------
 

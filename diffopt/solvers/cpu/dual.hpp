@@ -63,8 +63,18 @@ template <class P> class Dual {
         kept_ = false;
         if (batch_.single) read<float>();
         else read<double>();
-        start();
-        return iterate(answer);
+        prepare();
+        steps_before_ = Number{};
+        Flag open = sound_;
+        if (batch_.start.given()) open = open & none_of(begin_near(answer));
+        if (any(open)) {
+            start();
+            iterate(open, options_.max_iterations, answer);
+        }
+        Index missing = 0;
+        for (int lane = 0; lane < P::S; lane++)
+            if (first_ + lane < batch_.count && answer.status[first_ + lane] != SOLVED) missing++;
+        return missing;
     }
 
   private:
@@ -80,6 +90,8 @@ template <class P> class Dual {
     bool kept_ = false;  // U and V are in the record
     Flag sound_{};
     Number total_{}, objective_{};  // rows that exist; q'Q^-1 q, the size of the objective
+    Number steps_before_{};         // steps that an earlier solution has cost in vain
+    Flag dependent_{};              // the first active set that the last polish tried holds rows that depend on each other
 
     double *q_, *x_, *t_, *work_, *Qx_, *pull_, *push_;
     double *b_, *nu0_;
@@ -152,7 +164,8 @@ template <class P> class Dual {
 
     // ---- the iteration ---------------------------------------------------------------------------------------
 
-    void start() {
+    // What does not depend on forces: u0, nu0, h0, t.
+    void prepare() {
         const Index qn = k.packs(k.np), qj = k.packs(k.joint), qd = k.packs(k.directions);
         std::memcpy(t_, q_, bytes(k.np));
         solve_transposed<P>(m_->U, k.np, m_->inv, k.n, t_);
@@ -168,6 +181,10 @@ template <class P> class Dual {
             solve_transposed<P>(m_->E, k.pp, m_->inv_e, k.p, nu0_);
             add_transposed<P>(m_->H, k.directions, k.p, nu0_, 1, u0_, 0, qd);
         }
+    }
+
+    void start() {
+        const Index qd = k.packs(k.directions);
         // The minimiser of the objective plus 1/2 |C x - side|^2 / weight over all rows, weight 1 unless far away.
         for (Index q = 0; q < qd; q++) {
             P::store(inverse_w_ + q * P::W, Vec{});
@@ -229,10 +246,11 @@ template <class P> class Dual {
 
     // Mehrotra's predictor-corrector method, as diffopt.solvers.interior_point.solve; see there for the choices.
     // A polish costs more than a step, so problems that are due for one wait, as they are, until all in their group are.
-    Index iterate(const Answer& answer) {
-        Flag running = sound_, waiting{}, at_end{};
+    // Returns which of the problems in `running` were solved, in at most so many steps.
+    Flag iterate(Flag running, int64_t limit, const Answer& answer) {
+        Flag waiting{}, at_end{}, done{};
         Number last_mu = Number{} + INF, slow{}, stalled{}, tried = Number{} + INF, failures{}, steps{};
-        const Number most_steps = Number{} + static_cast<double>(options_.max_iterations);
+        const Number most_steps = Number{} + static_cast<double>(limit);
         for (;;) {
             collect_forces();
             measure();
@@ -267,7 +285,8 @@ template <class P> class Dual {
             running = running & none_of(due) & able;
             if (!any(running)) {
                 if (!any(waiting)) break;
-                const Flag failed = waiting & none_of(polish(waiting, at_end, steps, answer));
+                const Flag solved = polish(waiting, at_end, steps, answer), failed = waiting & none_of(solved);
+                done = done | solved;
                 failures = failures + select(failed & at_end, Number{} + 1.0, Number{});
                 running = failed & able & (failures < 3.0);
                 waiting = Flag{};
@@ -305,10 +324,8 @@ template <class P> class Dual {
             last_mu = select(running, mu, last_mu);
             steps = steps + select(running, Number{} + 1.0, Number{});
         }
-        Index missing = 0;
-        for (int lane = 0; lane < P::S; lane++)
-            if (first_ + lane < batch_.count && answer.status[first_ + lane] != SOLVED) missing++;
-        return missing;
+        steps_before_ = steps_before_ + steps;
+        return done;
     }
 
     void factor_step(Flag& running) {
@@ -393,7 +410,89 @@ template <class P> class Dual {
         return 1.0 / P::max(blocked);
     }
 
-    Flag polish(Flag due, Flag at_end, Number steps, const Answer& answer);
+    // ---- from an earlier solution ----------------------------------------------------------------------------
+
+    // Reads it into x_, y_ and z_ (zero where there is no row), in equilibrated units. Returns where it is finite.
+    template <class T> Flag read_start() {
+        clear(x_, k.np), clear(y_, k.joint), clear(z_, rows_);
+        Number finite{};
+        for (int lane = 0; lane < P::S; lane++) {
+            const Index i = first_ + lane < batch_.count ? first_ + lane : batch_.count - 1;
+            double sum = 0;  // stays zero only if nothing is infinite or NaN
+            auto copy = [&](const void* from, Index size, double* target) {
+                const T* source = static_cast<const T*>(from) + i * size;
+                for (Index r = 0; r < size; r++) {
+                    const double v = static_cast<double>(source[r]);
+                    sum += v * 0.0;
+                    if (target) target[r * P::S + lane] = v;
+                }
+            };
+            const Start& from = batch_.start;
+            copy(from.x, k.n, x_);
+            copy(from.nu, k.p, y_);
+            copy(from.lam, k.m, z_);
+            copy(from.lower, k.n, batch_.has(FIELD_LOWER) ? z_ + lower_ * P::S : nullptr);
+            copy(from.upper, k.n, batch_.has(FIELD_UPPER) ? z_ + upper_ * P::S : nullptr);
+            P::set_lane(finite, lane, sum);
+        }
+        const Vec cost = P::splat(m_->cost);
+        for (Index q = 0; q < k.packs(k.np); q++) P::store(x_ + q * P::W, P::load(x_ + q * P::W) / P::load(m_->d + q * P::W));
+        for (Index q = 0; q < k.packs(k.pp); q++)
+            P::store(y_ + q * P::W, P::load(y_ + q * P::W) * cost / P::load(m_->eq + q * P::W));
+        each_row([&](Index at, Index direction, double) {
+            const bool bound = direction >= k.mp * P::S;
+            const Index entry = direction - (bound ? k.mp * P::S : 0);
+            const Vec unit = bound ? P::load(m_->d + entry) : 1.0 / P::load(m_->rows + entry);
+            P::store(z_ + at, select(on(at), vmax(P::load(z_ + at) * cost * unit, Vec{}), 0.0));
+        });
+        return finite == 0.0;
+    }
+
+    // Tries its active set, then the interior-point method from near it. Returns what is settled: solved, or left to the
+    // general method, which knows what to do with active rows that depend on each other.
+    Flag begin_near(const Answer& answer) {
+        const Flag usable = sound_ & (batch_.single ? read_start<float>() : read_start<double>());
+        if (!any(usable)) return Flag{};
+        each_row([&](Index at, Index, double) { P::store_mask(above_ + at, P::load(z_ + at) > HELD_FROM); });
+        const Flag solved = polish(usable, usable, Number{}, answer, WARM_FLIPS);
+        const Flag left = dependent_;
+        Flag open = usable & none_of(solved | left);
+        if (!any(open)) return solved | left;
+        // How far it is from a solution: of each row the smaller of multiplier and slack should be zero.
+        if (batch_.single) read_start<float>();
+        else read_start<double>();
+        collect_forces();
+        std::memcpy(y_ + k.pp * P::S, f_, bytes(k.directions));
+        residual_of_point();
+        Vec error{};
+        for (Index q = 0; q < k.packs(k.np); q++) {
+            const Index at = q * P::W;
+            error = vmax_nan(vabs(P::load(Qx_ + at) + P::load(q_ + at) + P::load(pull_ + at) + P::load(push_ + at)), error);
+        }
+        for (Index q = 0; q < k.packs(k.pp); q++)
+            error = vmax_nan(vabs(P::load(Cx_ + q * P::W) - P::load(b_ + q * P::W)), error);
+        each_row([&](Index at, Index direction, double sign) {
+            const Vec slack = P::load(side_ + at) - sign * P::load(Cx_ + k.pp * P::S + direction), z = P::load(z_ + at);
+            P::store(s_ + at, slack);
+            error = vmax_nan(select(on(at), vabs(vmin(slack, z)), 0.0), error);
+        });
+        const Number worst = vmax(P::max(error), Number{} + SMALLEST_ERROR);
+        open = open & (worst <= LARGEST_ERROR);
+        if (!any(open)) return solved | left;
+        // Near it, where s z is at least so much in every row.
+        const Vec product = P::splat(worst), root = vsqrt(product);
+        each_row([&](Index at, Index, double) {
+            const Mask here = on(at);
+            const Vec slack = vmax(P::load(s_ + at), Vec{}), multiplier = P::load(z_ + at);
+            const Vec larger_s = vmax(slack, root), larger_z = vmax(multiplier, root);
+            const Mask held = multiplier > slack;
+            P::store(s_ + at, select(here, select(held, vmax(slack, product / larger_z), larger_s), 1.0));
+            P::store(z_ + at, select(here, select(held, larger_z, vmax(multiplier, product / larger_s)), 0.0));
+        });
+        return solved | left | iterate(open, std::min(WARM_STEPS, options_.max_iterations), answer);
+    }
+
+    Flag polish(Flag due, Flag at_end, Number steps, const Answer& answer, int rounds = FLIPS);
     Flag hold();
     void solve_held(double* right);
     void residual_of_point();

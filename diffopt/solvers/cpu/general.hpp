@@ -49,8 +49,9 @@ class General {
         inverse_ = arena.take(problem.np);
     }
 
-    // Solves the problem as it stands in `problem`, scaled. `primal`: do not rely on a definite Hessian.
-    Ending solve(double tolerance, int64_t max_iterations, bool with_polish, bool primal) {
+    // Solves the problem as it stands in `problem`, scaled. `primal`: do not rely on a definite Hessian. `near`: an earlier
+    // solution to begin with, or null.
+    Ending solve(double tolerance, int64_t max_iterations, bool with_polish, bool primal, const State* near = nullptr) {
         errors = Errors{};
         iterations = 0;
         held_last_ = false;
@@ -64,33 +65,16 @@ class General {
             problem.copy(state, now_);
             return NOT_CONVEX;
         }
-        start();
-        problem.copy(state, now_);
-        const bool again = problem.soft == 0;
-        may_hold_ = again && !diagonal;
-        last_ = !again;
-        Ending end = iterate(tolerance, max_iterations, with_polish, diagonal);
-        auto once_more = [&](double weight) {
-            if (!again || (end != STUCK && end != BROKEN) || iterations >= max_iterations) return;
-            start(weight);
-            const Ending found = iterate(tolerance, max_iterations, with_polish, diagonal);
-            if (found != BROKEN) end = found;
-        };
-        if (!diagonal) {
-            // From the start, holding every row throughout.
-            step_kind_ = HELD;
-            may_hold_ = false;
-            once_more(1);
+        int64_t in_vain = 0;
+        if (near) {
+            if (solve_near(*near, tolerance, max_iterations, with_polish, diagonal)) return CONVERGED;
+            in_vain = iterations;
+            errors = Errors{};
+            iterations = 0;
+            step_kind_ = diagonal ? DIAGONAL_FIRST : WEIGHED;
         }
-        last_ = true;
-        once_more(LIGHT);
-        if (end != CONVERGED && end != PROVEN_INFEASIBLE && with_polish && errors.worst <= WORTH_POLISHING) {
-            // An active set can be right long before the point is; whether it is, the polish finds out.
-            problem.copy(now_, state);
-            mark_active(now_, above_);
-            polish(errors.worst);
-            if (errors.worst <= tolerance) end = CONVERGED;
-        }
+        const Ending end = solve_cold(tolerance, max_iterations, with_polish, diagonal);
+        iterations += in_vain;
         return end;
     }
 
@@ -126,6 +110,67 @@ class General {
     double *right_, *u_, *factor_, *inverse_;
 
     bool there(Index r) const { return problem.on[r] != 0; }
+
+    Ending solve_cold(double tolerance, int64_t max_iterations, bool with_polish, bool diagonal) {
+        start();
+        problem.copy(state, now_);
+        const bool again = problem.soft == 0;
+        may_hold_ = again && !diagonal;
+        last_ = !again;
+        Ending end = iterate(tolerance, max_iterations, with_polish, diagonal);
+        auto once_more = [&](double weight) {
+            if (!again || (end != STUCK && end != BROKEN) || iterations >= max_iterations) return;
+            start(weight);
+            const Ending found = iterate(tolerance, max_iterations, with_polish, diagonal);
+            if (found != BROKEN) end = found;
+        };
+        if (!diagonal) {
+            // From the start, holding every row throughout.
+            step_kind_ = HELD;
+            may_hold_ = false;
+            once_more(1);
+        }
+        last_ = true;
+        once_more(LIGHT);
+        if (end != CONVERGED && end != PROVEN_INFEASIBLE && with_polish && errors.worst <= WORTH_POLISHING) {
+            // An active set can be right long before the point is; whether it is, the polish finds out.
+            problem.copy(now_, state);
+            mark_active(now_, above_);
+            polish(errors.worst);
+            if (errors.worst <= tolerance) end = CONVERGED;
+        }
+        return end;
+    }
+
+    // Tries the active set of an earlier solution, then the method from near it.
+    bool solve_near(const State& near, double tolerance, int64_t max_iterations, bool with_polish, bool diagonal) {
+        Scaled& k = problem;
+        for (Index r = 0; r < k.rows; r++) above_[r] = near.z[r] > HELD_FROM;
+        problem.copy(now_, near);
+        if (with_polish && polish(tolerance, WARM_FLIPS)) return true;
+        // How far it is from a solution: of each row the smaller of multiplier and slack should be zero.
+        residuals_now();
+        double worst = SMALLEST_ERROR;
+        for (Index j = 0; j < k.np; j++) worst = vmax_nan(std::fabs(r_dual_[j]), worst);
+        for (Index r = 0; r < k.pp; r++) worst = vmax_nan(std::fabs(r_eq_[r]), worst);
+        for (Index r = 0; r < k.rows; r++) {
+            now_.s[r] = k.d[r] - Cx_[r];
+            if (there(r)) worst = vmax_nan(std::fabs(std::min(now_.s[r], now_.z[r])), worst);
+        }
+        if (!(worst <= LARGEST_ERROR)) return false;
+        // Near it, where s z is at least so much in every row.
+        const double root = std::sqrt(worst);
+        for (Index r = 0; r < k.rows; r++) {
+            double &s = now_.s[r], &z = now_.z[r];
+            const double slack = std::max(s, 0.0), multiplier = z;
+            if (multiplier > slack) z = std::max(multiplier, root), s = std::max(slack, worst / z);
+            else s = std::max(slack, root), z = std::max(multiplier, worst / s);
+            if (!there(r)) s = 1, z = 0;
+        }
+        problem.copy(state, now_);
+        may_hold_ = last_ = false;
+        return iterate(tolerance, std::min(WARM_STEPS, max_iterations), with_polish, diagonal) == CONVERGED;
+    }
 
     // Whether the Hessian, in equilibrated units, has no eigenvalue clearly below zero.
     bool convex() {
@@ -394,11 +439,11 @@ class General {
     // From now_, whose rows z > s are marked in above_, to the exact point of the active set; rows with a wrong sign
     // change sides. Accepted, into state, errors and active, where signs hold and the residual is at most `allowed` or at
     // rounding level; else these stay as they are.
-    bool polish(double allowed) {
+    bool polish(double allowed, int rounds = FLIPS) {
         Scaled& k = problem;
         std::copy_n(above_, k.rows, flipped_);
         problem.copy(trial_, now_);
-        for (int round = 0; round < FLIPS; round++) {
+        for (int round = 0; round < rounds; round++) {
             const bool sound = hold(flipped_);
             aim(trial_, flipped_);
             double z_size = 0, s_size = 0;

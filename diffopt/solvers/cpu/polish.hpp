@@ -234,12 +234,14 @@ template <class P> typename P::Number Dual<P>::measure_point(Flag& inside) {
 // at rounding level (at the end of the iteration: within the tolerance). What it accepts is written to `answer`.
 // No problem's result may depend on what the others in its group still need.
 template <class P>
-typename P::Flag Dual<P>::polish(Flag due, Flag at_end, Number steps, const Answer& answer) {
+typename P::Flag Dual<P>::polish(Flag due, Flag at_end, Number steps, const Answer& answer, int rounds) {
     Flag pending = due, solved{};
     std::memcpy(held_rows_, above_, bytes(rows_));
-    for (int round = 0; round < FLIPS && any(pending); round++) {
+    for (int round = 0; round < rounds && any(pending); round++) {
         gather_held();
-        pending = pending & hold();
+        const Flag independent = hold();
+        if (round == 0) dependent_ = pending & none_of(independent);
+        pending = pending & independent;
         if (!any(pending)) break;
         aim();
         const Flag wrong = flip(pending);
@@ -298,7 +300,7 @@ template <class P> void Dual<P>::finish(Flag accepted, Number steps, const Answe
     each_accepted([&](int lane, Index i) {
         const double worst = vmax_nan(vmax_nan(errors_[0][lane], errors_[1][lane]), errors_[2][lane]);
         answer.status[i] = graded(options_, worst);
-        answer.iterations[i] = static_cast<int64_t>(P::lane(steps, lane));
+        answer.iterations[i] = static_cast<int64_t>(P::lane(steps + steps_before_, lane));
         answer.weak[i] = weak[lane];
         answer.dependent[i] = answer.status[i] == NUMERICAL_ERROR ? -1 : 0;
         for (int e = 0; e < 3; e++) answer.residuals[e * batch_.count + i] = errors_[e][lane];
