@@ -12,6 +12,8 @@
 #   make coverage   make test, then the lines that the measurement leaves out
 #   make cpu        compile the CPU executor into build/cpu/; the targets that solve anything do this first
 #   make bench      time diffopt beside other solvers, in .venv-bench (10 minutes; BENCH_OPTIONS="--quick": 3)
+#   make bench-cuda time the CUDA executor on this machine's device, with a PYTHON that has torch for CUDA and cuda-core
+#   make sanitize-cuda   its tests under compute-sanitizer (memcheck, racecheck, synccheck), likewise, with pytest too
 #   make docs       build the documentation site into site/
 #   make clean      remove what these targets made, .venv included
 
@@ -30,7 +32,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq -
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu demo test slow mutations sanitize sanitize-suite transforms accuracy lint format coverage bench bench-scaling docs clean
+.PHONY: help cpu demo test slow mutations sanitize sanitize-suite transforms accuracy lint format coverage bench bench-scaling bench-cuda sanitize-cuda docs clean
 .NOTPARALLEL:
 
 help:
@@ -135,6 +137,16 @@ bench: .venv-bench/installed build/cpu/built
 
 bench-scaling: .venv-bench/installed build/cpu/built
 	.venv-bench/bin/python -m benchmarks.scaling $(BENCH_OPTIONS)
+
+# On machines with a device the Python that has torch for it is no environment of ours: $(PYTHON) itself serves.
+bench-cuda:
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { \
+		echo "make bench-cuda needs a Python with torch for CUDA and cuda-core, which '$(PYTHON)' is not:" \
+			"make bench-cuda PYTHON=..."; exit 1; }
+	PYTHONPATH=. $(PYTHON) -m benchmarks.cuda $(BENCH_OPTIONS)
+
+sanitize-cuda:
+	@PYTHON="$(PYTHON)" sh tests/solvers/cuda/sanitize.sh
 
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict

@@ -49,16 +49,18 @@ def attach(
 
     Differentiable in: see `implicit.attach`.
     """
-    assert found.counts is not None
+    with transforms.outside():  # (what is packed is taken apart here)
+        plain_point, counts, status, residuals = found.point, found.counts, found.status, found.residuals
+    assert counts is not None
     bounded = form.lower is not None or form.upper is not None
     there = (True, form.m, form.p, form.m, bounded, bounded)
     live = tuple(i for i in range(6) if there[i])
     task = _Task(form, plain, found, layers, live, weak_tolerance)
-    outputs = [layers.output(found.point[i]) for i in live]
+    outputs = [layers.output(plain_point[i]) for i in live]
     attached = iter(transforms.apply_at_one_level(_Direct, task, outputs, *form.tensors().values()))
-    values = kkt.Point(*map(layers.covered, found.point))
+    values = kkt.Point(*map(layers.covered, plain_point))
     point = kkt.Point(*(next(attached) if i in live else v for i, v in enumerate(values)))
-    status = layers.covered(found.status)
+    status = layers.covered(status)
 
     def value() -> Tensor:
         return implicit.optimal_value(form, point, values, status)
@@ -66,7 +68,7 @@ def attach(
     return Solution(
         *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
         status=status,
-        report=Report(layers.covered(found.residuals, second=True), layers.covered(found.counts, second=True)),
+        report=Report(layers.covered(residuals, second=True), layers.covered(counts, second=True)),
         certificate=None if found.certificate is None else Certificate(*map(layers.covered, found.certificate)),
         backend=found.backend,
         executor=found.executor,
