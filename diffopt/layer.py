@@ -344,7 +344,7 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
             known = choose(backend, plain).solve(plain, settings, keep=True)
             if settings.sync and not known.solved:
                 _report(implicit.attach_solved(plain, known, False, rule, weak_tolerance), on_failure)
-        if transformed.takes(plain, known, rule):
+        if isinstance(form, QPForm) and isinstance(plain, QPForm) and transformed.takes(known, rule):
             return transformed.attach(form, plain, known, layers, weak_tolerance)
 
     def prepare(plain: Form) -> implicit.Prepared:

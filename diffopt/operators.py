@@ -324,11 +324,15 @@ def checked(
     """Return a point, having raised or warned for what was not solved."""
     assert report is not None
     policy: Any = on_failure
-    point = (x, s, nu, lam, lower, upper)
-    plain = [v.detach() for v in (x, s, lam, nu, lower, upper)]
+    plain = [v.detach() for v in (x, s, nu, lam, lower, upper)]
     with transforms.plain_inside_an_operator():
-        report(Solution(*plain, status, Report(residuals, counts), None, backend, "auto", x.sum), policy)
-    return tuple(v.clone() for v in point)  # type: ignore[return-value]
+        whole = Solution(
+            plain[0], plain[1], plain[3], plain[2], plain[4], plain[5], status,
+            report=Report(residuals, counts), certificate=None, backend=backend, executor="auto",
+            _value=lambda: x.new_full(status.shape, torch.nan),
+        )  # fmt: skip
+        report(whole, policy)
+    return tuple(v.clone() for v in plain)  # type: ignore[return-value]
 
 
 @checked.register_fake

@@ -30,10 +30,10 @@ class _Task(NamedTuple):
     weak_tolerance: float
 
 
-def takes(form: Any, found: kkt.Solved, kink_rule: str) -> bool:
+def takes(found: kkt.Solved, kink_rule: str) -> bool:
     """Return whether a solution (of a plain form) can be attached by its solver's derivative."""
     many = found.pullback is not None and found.pullback.many is not None
-    return many and kink_rule == "inactive" and not found.others and isinstance(form, QPForm)
+    return many and kink_rule == "inactive" and not found.others
 
 
 def attach(
@@ -76,7 +76,7 @@ def attach(
     )
 
 
-class _Direct(transforms.OneLevel or object):
+class _Direct(transforms.OneLevel):
     """The values of a solution, past the transforms."""
 
     @staticmethod
@@ -90,9 +90,9 @@ class _Direct(transforms.OneLevel or object):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         task: _Task = ctx.task
         needed = ctx.needs_input_grad[2:]
-        given = [None] * 6
+        given: list[Tensor | None] = [None] * 6
         for i, grad in zip(task.live, grads, strict=True):
-            given[i] = grad  # type: ignore[call-overload]
+            given[i] = grad
         vectors = transforms.vectors_of(task.layers, given, task.plain.batch_shape, (1,) * 6)
         if vectors is None:
             return None, None, *_with_graph(task, transforms.alive(ctx.saved_tensors), given, needed)
@@ -137,7 +137,7 @@ class _Again(NamedTuple):
         return tuple(g for g in found if g is not None)
 
 
-class _Slope(transforms.OneLevel or object):
+class _Slope(transforms.OneLevel):
     """The values of a first derivative, which is differentiated by its Newton step."""
 
     @staticmethod
