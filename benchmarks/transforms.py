@@ -1,6 +1,7 @@
 """What transforms cost: ``vmap`` beside the native batch, Jacobians beside a solve. ``python -m benchmarks.transforms``
 
-Calls are interleaved; a row shows the least and the median time, and the least over that of the first row.
+Calls are interleaved; a row shows the least and the median time, the spread (the middle half of the times over their
+median), and the ratios of its least and of its median to those of the first row.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ def show(title: str, calls: dict[str, Callable[[], object]], repeats: int) -> No
         for name, call in calls.items():
             seconds[name].append(duration(call, 1))
     print(title)
-    first = min(next(iter(seconds.values())))
+    first = next(iter(seconds.values()))
     for name, times in seconds.items():
-        least, median = min(times), float(np.median(times))
-        print(f"  {name:36} {1e3 * least:9.3f} ms  {1e3 * median:9.3f} ms  {least / first:6.2f}")
+        low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+        spread = f"{(high - low) / median:5.0%}"
+        ratios = f"{min(times) / min(first):6.2f}  {median / np.median(first):6.2f}"
+        print(f"  {name:36} {1e3 * min(times):9.3f} ms  {1e3 * median:9.3f} ms  {spread}  {ratios}")
 
 
 def x(**pieces: Any) -> Tensor:
@@ -64,6 +67,7 @@ def jacobians(size: int, p: int, repeats: int) -> None:
         return x(**one | dict(zip(names, values, strict=True)))
 
     places = tuple(range(len(names)))
+    several = tuple(v.expand(8, -1).contiguous() for v in values)
     calls: dict[str, Callable[[], object]] = {
         "solve": lambda: x(**one),
         f"jacrev in {', '.join(names)}": lambda: torch.func.jacrev(moved, places)(*values),
@@ -73,12 +77,19 @@ def jacobians(size: int, p: int, repeats: int) -> None:
         ),
     }
     show(f"one instance, n = m = {size}, p = {p}", calls, repeats)
+    batch: dict[str, Callable[[], object]] = {
+        "solve": lambda: moved(*several),
+        "vmap of jacrev": lambda: torch.func.vmap(torch.func.jacrev(moved, places))(*several),
+        "vmap of jacfwd": lambda: torch.func.vmap(torch.func.jacfwd(moved, places))(*several),
+        "vmap of grad": lambda: torch.func.vmap(torch.func.grad(lambda *v: moved(*v).sum(), places))(*several),
+    }
+    show(f"8 instances, n = m = {size}, p = {p}", batch, repeats)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=31)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     mapped(128, 100, options.repeats)

@@ -352,6 +352,8 @@ class _Pulled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, for_x: Tensor | None, for_rest: Tensor | None) -> tuple[Tensor | None, ...]:
         task: _Task = ctx.task
+        if for_x is None and for_rest is None:  # (the value alone was asked for)
+            return (None,) * (2 + len(task.inputs))
         x, rest, *data = ctx.saved_tensors
         hollow = task.found.packed
         assert hollow is not None
@@ -953,8 +955,8 @@ class _Stationary(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad if torch.is_grad_enabled() else torch.zeros_like(grad)
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
+        return grad if torch.is_grad_enabled() else None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:

@@ -360,7 +360,9 @@ def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
     second = solve(_with_held(shifted, held))
     point, dependent = _unheld(shifted, held, t, second)
     rounded = kkt.Point(*(v.detach().to(form.dtype).double() for v in point))
-    found = _judged(shifted.detach(), rounded, least, second, tolerance)
+    # (For forward mode, which torch.compile has not; that of torch 2.11 cannot make the detached twin.)
+    judge = shifted if torch.compiler.is_compiling() else shifted.detach()
+    found = _judged(judge, rounded, least, second, tolerance)
     status, residuals, spoiled = found
     counts = torch.stack([first.iterations + least.iterations + second.iterations, second.weakly_active, dependent])
     point = kkt.Point(*(gate(v, spoiled) for v in point))

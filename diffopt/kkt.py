@@ -207,7 +207,7 @@ class Pullback(NamedTuple):
     tensors get the sum over the batch.
 
     ``many(vectors, forward)``, where the solver has it: the derivative of all instances at many vectors at once; see
-    `diffopt.solvers.executor.Executor.derivative`, but vectors are in the order of `Point`.
+    `diffopt.solvers.executor.Executor.derivative`.
     """
 
     run: Callable[[Point | Packed, tuple[Tensor | None, ...], tuple[bool, ...]], tuple[Tensor | None, ...]]

@@ -405,10 +405,9 @@ def _transformed(
             plain = layers.plain(form)
             first = None if near is None else warm_start.fitted(layers.start(near, form), plain)
             known = choose(backend, plain).solve(plain, settings, True, first).unpacked()
-            if not known.solved and settings.sync:
-                values = implicit.attach_solved(plain, known.replace(), False, rule, weak_tolerance)
-                _report(values, on_failure)
-        if transformed.takes(plain, known, rule):
+            if settings.sync and not known.solved:
+                _report(implicit.attach_solved(plain, known, False, rule, weak_tolerance), on_failure)
+        if isinstance(form, QPForm) and isinstance(plain, QPForm) and transformed.takes(known, rule):
             return transformed.attach(form, plain, known, layers, weak_tolerance)
 
     def prepare(plain: Form) -> implicit.Prepared:
@@ -511,7 +510,7 @@ def _failure_message(solution: Solution, statuses: Tensor, failed: list[list[int
 
 def _curvature(solution: Solution, status: Status, index: list[int]) -> str:
     """Return what to say of the Hessian of a failed instance, if it is that which made it fail."""
-    if status != Status.NUMERICAL_ERROR or solution._hessian is None:
+    if status != Status.NUMERICAL_ERROR or solution._hessian is None or transforms.active():
         return ""
     matrix = solution._hessian.dense()
     found = eigenvalues(matrix.expand(*solution.status.shape, *matrix.shape[-2:])[tuple(index)].double())

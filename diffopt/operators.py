@@ -164,7 +164,7 @@ def _solved(
         if settings.relaxation is None or not keep:
             return found, *implicit.apart(form, found, rule, weak_tolerance, keep)
         counts, _ = implicit.apart(form, found, rule, weak_tolerance, keep=False)
-        exact = implicit.attach_solved(form, found.replace(), False, rule, weak_tolerance)
+        exact = implicit.attach_solved(form, found, False, rule, weak_tolerance)
         reverse = relaxed.reverse(form, exact, settings, lambda near: spec.chosen(near).solve(near, settings))
     return found, counts, reverse
 
@@ -328,11 +328,15 @@ def checked(
     """Return a point, having raised or warned for what was not solved."""
     assert report is not None
     policy: Any = on_failure
-    point = (x, s, nu, lam, lower, upper)
-    plain = [v.detach() for v in (x, s, lam, nu, lower, upper)]
+    plain = [v.detach() for v in (x, s, nu, lam, lower, upper)]
     with transforms.plain_inside_an_operator():
-        report(Solution(*plain, status, Report(residuals, counts), None, backend, "auto", x.sum), policy)
-    return tuple(v.clone() for v in point)  # type: ignore[return-value]
+        whole = Solution(
+            plain[0], plain[1], plain[3], plain[2], plain[4], plain[5], status,
+            report=Report(residuals, counts), certificate=None, backend=backend, executor="auto",
+            _value=lambda: x.new_full(status.shape, torch.nan),
+        )  # fmt: skip
+        report(whole, policy)
+    return tuple(v.clone() for v in plain)  # type: ignore[return-value]
 
 
 @checked.register_fake

@@ -30,10 +30,10 @@ class _Task(NamedTuple):
     weak_tolerance: float
 
 
-def takes(form: Any, found: kkt.Solved, kink_rule: str) -> bool:
+def takes(found: kkt.Solved, kink_rule: str) -> bool:
     """Return whether a solution (of a plain form) can be attached by its solver's derivative."""
     many = found.pullback is not None and found.pullback.many is not None
-    return many and kink_rule == "inactive" and not found.others and isinstance(form, QPForm)
+    return many and kink_rule == "inactive" and not found.others
 
 
 def attach(
@@ -49,16 +49,18 @@ def attach(
 
     Differentiable in: see `implicit.attach`.
     """
-    assert found.counts is not None
+    with transforms.outside():  # (what is packed is taken apart here)
+        plain_point, counts, status, residuals = found.point, found.counts, found.status, found.residuals
+    assert counts is not None
     bounded = form.lower is not None or form.upper is not None
     there = (True, form.m, form.p, form.m, bounded, bounded)
     live = tuple(i for i in range(6) if there[i])
     task = _Task(form, plain, found, layers, live, weak_tolerance)
-    outputs = [layers.output(found.point[i]) for i in live]
+    outputs = [layers.output(plain_point[i]) for i in live]
     attached = iter(transforms.apply_at_one_level(_Direct, task, outputs, *form.tensors().values()))
-    values = kkt.Point(*map(layers.covered, found.point))
+    values = kkt.Point(*map(layers.covered, plain_point))
     point = kkt.Point(*(next(attached) if i in live else v for i, v in enumerate(values)))
-    status = layers.covered(found.status)
+    status = layers.covered(status)
 
     def value() -> Tensor:
         return implicit.optimal_value(form, point, values, status)
@@ -66,7 +68,7 @@ def attach(
     return Solution(
         *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
         status=status,
-        report=Report(layers.covered(found.residuals, second=True), layers.covered(found.counts, second=True)),
+        report=Report(layers.covered(residuals, second=True), layers.covered(counts, second=True)),
         certificate=None if found.certificate is None else Certificate(*map(layers.covered, found.certificate)),
         backend=found.backend,
         executor=found.executor,
@@ -74,7 +76,7 @@ def attach(
     )
 
 
-class _Direct(transforms.OneLevel or object):
+class _Direct(transforms.OneLevel):
     """The values of a solution, past the transforms."""
 
     @staticmethod
@@ -88,9 +90,9 @@ class _Direct(transforms.OneLevel or object):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         task: _Task = ctx.task
         needed = ctx.needs_input_grad[2:]
-        given = [None] * 6
+        given: list[Tensor | None] = [None] * 6
         for i, grad in zip(task.live, grads, strict=True):
-            given[i] = grad  # type: ignore[call-overload]
+            given[i] = grad
         vectors = transforms.vectors_of(task.layers, given, task.plain.batch_shape, (1,) * 6)
         if vectors is None:
             return None, None, *_with_graph(task, transforms.alive(ctx.saved_tensors), given, needed)
@@ -135,7 +137,7 @@ class _Again(NamedTuple):
         return tuple(g for g in found if g is not None)
 
 
-class _Slope(transforms.OneLevel or object):
+class _Slope(transforms.OneLevel):
     """The values of a first derivative, which is differentiated by its Newton step."""
 
     @staticmethod

@@ -195,10 +195,10 @@ _NEEDED = (
     "get_unwrapped", "maybe_get_bdim", "is_functionaltensor", "set_single_level_autograd_function_allowed",
     "get_single_level_autograd_function_allowed", "unwrap_if_dead",
 )  # fmt: skip
-OneLevel: Any = getattr(torch.autograd.function, "_SingleLevelFunction", None)
+OneLevel: Any = getattr(torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function)
 """An autograd function that sees wrapped tensors as they are, and takes no part in transforms by itself."""
 
-direct = OneLevel is not None and all(hasattr(_functorch, name) for name in _NEEDED)
+direct = OneLevel is not torch.autograd.Function and all(hasattr(_functorch, name) for name in _NEEDED)
 """Whether torch has what `layers_of` needs; if not, it finds nothing, and derivatives go by ways that need less."""
 
 

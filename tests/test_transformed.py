@@ -111,6 +111,14 @@ def test_a_jacobian_is_one_solve_and_one_derivative(case, transform, calls, monk
     assert_same(found, by_newton_step(jacobian, monkeypatch), tolerance=1e-9)
 
 
+def test_the_value_takes_no_system_for_its_first_derivative(monkeypatch):
+    data = {name: value.clone().requires_grad_() for name, value in ordinary(7, 1, 3).items()}
+    solution = diffopt.solve_qp(**data)
+    monkeypatch.setattr(CpuExecutor, "pullback", None)  # (nobody calls it)
+    slopes = dict(zip(data, torch.autograd.grad(solution.value, list(data.values())), strict=True))
+    assert torch.equal(slopes["b"], -solution.nu) and torch.equal(slopes["h"], -solution.lam) and slopes["Q"].any()
+
+
 @pytest.mark.parametrize("Q", ["diagonal", "low_rank"])
 def test_structured_hessians(Q, calls, monkeypatch):
     data = ordinary(6, 1, 2)

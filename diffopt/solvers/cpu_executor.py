@@ -228,10 +228,9 @@ class CpuExecutor(Executor):
         bounded = data.lower is not None or data.upper is not None
         first, *rest = (like.new_empty((*shape, size)) for size in (n, p, m, *((n, n) if bounded else ())))
         lower, upper = rest[2:] if bounded else (None, None)
-        for_x, for_s, for_nu, for_lam, *for_bounds = [None if v is None else v.contiguous() for v in vectors]
-        incoming = for_x, for_s, for_lam, for_nu, *for_bounds
-        outgoing = None, first, None, rest[0], None, rest[1], lower, upper, None
-        packed = _GRADIENTS.pack(*[0 if v is None else v.data_ptr() for v in (*incoming, *outgoing)])
+        x, s, nu, lam, *bounds = [None if v is None else v.contiguous() for v in vectors]
+        places = (x, s, lam, nu, *bounds, None, first, None, rest[0], None, rest[1], lower, upper, None)
+        packed = _GRADIENTS.pack(*[0 if v is None else v.data_ptr() for v in places])
         many = _MANY.pack(count, layout.count, 1, forward)
         poor = 0
         for begin, end in layout.slices:

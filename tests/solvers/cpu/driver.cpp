@@ -222,6 +222,38 @@ template <class T> struct Work {
         if (diffopt_pullback(&call, &g, threads, 0, count) != 0) fail("a pullback failed", 0);
     }
 
+    // The same by many vectors at once, nine of them alike and two of zeros, and forward. After pull_back(.., true).
+    void pull_many(int64_t threads) const {
+        constexpr Index copies = 9, number = copies + 2;
+        auto repeated = [&](const std::vector<T>& v) {
+            std::vector<T> all;
+            for (Index k = 0; k < copies; k++) all.insert(all.end(), v.begin(), v.end());
+            all.resize(v.size() * number);
+            return all;
+        };
+        auto empty = [&](const std::vector<T>& v) { return std::vector<T>(v.size() * number, T(NOTHING)); };
+        const std::vector<T> x = repeated(gx), s = repeated(gs), l = repeated(glam), e = repeated(gnu), a = repeated(glow), b = repeated(gup);
+        std::vector<T> to_q = empty(dq), to_b = empty(db), to_h = empty(dh), to_low = empty(dlow), to_up = empty(dup);
+        Gradients g{x.data(), s.data(), l.data(), e.data(), a.data(), b.data(), nullptr, to_q.data(), nullptr,
+                    to_b.data(), nullptr, to_h.data(), to_low.data(), to_up.data(), nullptr};
+        Many many{number, count, 1, 0};
+        if (diffopt_many(&call, &g, &many, threads, 0, count) != 0) fail("many pullbacks failed", 0);
+        auto compare = [&](const std::vector<T>& found, const std::vector<T>& expected) {
+            double largest = 0;
+            for (const T v : expected) largest = std::isfinite(v) ? std::max(largest, std::fabs(double(v))) : largest;
+            for (std::size_t j = 0; j < found.size(); j++) {
+                const double wanted = j < copies * expected.size() ? double(expected[j % expected.size()]) : 0.0, v = double(found[j]);
+                const bool same = std::isnan(wanted) ? std::isnan(v) : std::fabs(v - wanted) <= (sizeof(T) == 8 ? 1e-9 : 1e-3) * (1 + largest);
+                if (!same) return fail("many pullbacks are not each alone", 0);
+            }
+        };
+        compare(to_q, dq), compare(to_b, db), compare(to_h, dh);
+        if (sizes.lower) compare(to_low, dlow);
+        if (sizes.upper) compare(to_up, dup);
+        many.forward = 1, g.s = nullptr;
+        if (diffopt_many(&call, &g, &many, threads, 0, count) != 0) fail("a derivative failed", 0);
+    }
+
     void fail(const char* what, Index i) const {
         if (errors++ < 20)
             std::fprintf(stderr, "%s: %s, instance %d of %d, %s, fault %d, status %d\n", what, sizes.text().c_str(),
@@ -380,6 +412,7 @@ template <class T> void all_kinds(Kind sizes, const std::vector<Index>& counts, 
             work.solve(1, true, count);
             work.check();
             work.pull_back(1, true);
+            work.pull_many(3);
             work.check_gradients(seed);
             // Without gradients, in two parts, on several threads: the same bits.
             Work<T> again(sizes, count, sharing, count > 1, seed - 1);
