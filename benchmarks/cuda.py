@@ -154,7 +154,7 @@ class Ours(Contender):
         failed = int((~found.ok).sum())
         iterations = found.iterations.cpu().numpy()
         name = found.executor + (f", {failed} not solved" if failed else "")
-        return Answer(*(array(v) for v in (found.x, found.nu, found.lam)), iterations, name)
+        return Answer(array(found.x), array(found.nu), array(found.lam), iterations, name)
 
 
 class Replayed(Ours):
@@ -212,8 +212,9 @@ class Qpth(Contender):
 
     def answer(self) -> Answer:
         x = self.solve()
-        nu = array(x.grad_fn.nus) if "A" in self.leaves else np.zeros((len(x), 0))
-        return Answer(array(x), nu, array(x.grad_fn.lams))
+        node: Any = x.grad_fn
+        nu = array(node.nus) if "A" in self.leaves else np.zeros((len(x), 0))
+        return Answer(array(x), nu, array(node.lams))
 
 
 def contenders(device: torch.device) -> list[Contender]:

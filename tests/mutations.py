@@ -61,7 +61,7 @@ FAULTS = [
           "if (held_last_ && std::equal(marks, marks + k.rows, held_))", "if (held_last_)", "solvers/test_cpu_executor.py test_maros.py"),
     Fault("compiled: more active rows than variables", "solvers/cpu/polish.hpp", "many > static_cast<double>(k.n)",
           "many > 1e9 + static_cast<double>(k.n)", "solvers/test_cpu_executor.py"),
-    Fault("kink rule ignored", "implicit.py", 'joins = weak_any and kink_rule != "inactive"', "joins = False", "test_implicit.py"),
+    Fault("kink rule ignored", "implicit.py", 'weak_any = kink_rule != "inactive" and', "weak_any = False and", "test_implicit.py"),
     Fault("weakly active rows held", "kkt.py", "there & (dual > slack) & ~weak, weak", "there & (dual >= slack), weak", "test_implicit.py"),
     Fault("certificate not checked", "solvers/certificates.py",
           "holds = run & (depth > 0) & torch.isfinite(depth) & (error <= TOLERANCE)", "holds = run", "solvers/test_pdipm.py"),
@@ -99,6 +99,13 @@ FAULTS = [
           "test_training.py"),
     Fault("autocast reaches the solve", "layer.py", "with full_precision():", "if True:", "test_modules.py"),
     Fault("value from changed data", "implicit.py", "if tensor._version != version or freed:", "if False:", "test_solution.py"),
+    Fault("a look at the values without waiting", "waiting.py", "return not allowed() or bool(mask.any())", "return bool(mask.any())", "test_waiting.py"),
+    Fault("a reverse pass that waits", "implicit.py", "with waiting.allow(self.sync):", "if True:", "test_waiting.py"),
+    Fault("refined as long as a neighbour is", "linalg/saddle.py", "better = (worse < error) & ~settled", "better = worse < error", "linalg/test_saddle.py"),
+    Fault("CUDA: a failed instance with a zero gradient", "solvers/cuda/pullback.cuh", "!task.others && asked", "task.others && asked", "test_waiting.py"),
+    Fault("CUDA: float32 judged before its rounding", "solvers/cuda/interior_point.cuh", " && claim(work)", "", "solvers/test_cuda_executor.py"),
+    Fault("CUDA: gradients of what others solved, for all", "implicit.py", "torch.where(mine.unsqueeze(-1), g.reshape(count, g.shape[-1])[begin:end], 0.0)",
+          "g.reshape(count, g.shape[-1])[begin:end]", "solvers/test_cuda_executor.py"),
 ]  # fmt: skip
 
 
