@@ -12,7 +12,7 @@ order 2^k - 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from diffopt.linalg.central import central_ratio
 from diffopt.linalg.matrices import Dense, SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
 from diffopt.linalg.scaling import Scaling
+from diffopt.packed import Arrangement, Packed
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import Certificate, Report, Solution, Status
 
@@ -106,7 +107,7 @@ def unflatten(prepared: Prepared, tensors: tuple[Tensor, ...]) -> Prepared:
     point, safe = kkt.Point(*rest[:6]), kkt.Point(*rest[6:12])
     rule = Rule(rest[12], kkt.Activity(*rest[13:20]), *rest[20:23])
     certificate = Certificate(*rest[23:]) if rest[23:] else None
-    found = prepared.found._replace(point=point, status=status, residuals=residuals, certificate=certificate)
+    found = prepared.found.replace(point=point, status=status, residuals=residuals, certificate=certificate)
     return Prepared(found, safe, prepared.system, counts, rule)
 
 
@@ -137,11 +138,12 @@ def attach(form: Form, prepared: Prepared, transformed: bool = False) -> Solutio
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=_unless_changed(form, point, value),
+        _value=_unless_changed(form.tensors() | point._asdict(), value),
+        _hessian=form.Q if isinstance(form, QPForm) else None,
     )
 
 
-def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float) -> Solution:
+def attach_solved(form: Form, found: kkt.Solved, attached: bool, kink_rule: str, weak_tolerance: float) -> Solution:
     """Return the solution, attached to every tensor of ``form``; where no transform of ``torch.func`` is at work.
 
     With the solver's own pullback, if it has one and the kink rule allows: then a plain first-order reverse pass is
@@ -149,50 +151,53 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
 
     Args:
         form: the problem, attached to its parameters.
-        found: its solution.
+        found: its solution, given away.
+        attached: whether anything asks for derivatives.
         kink_rule, weak_tolerance: see `diffopt.Settings`.
 
     Differentiable in: see `attach`.
     """
-    attached = needs_graph(form)
-    counts = found.counts
+    packed = found.packed
     # (Which way is taken must not depend on values: one instance's kink would change its neighbours' last bits.)
-    if counts is None or (attached and (found.pullback is None or kink_rule != "inactive")):
+    if packed is None or (attached and (found.pullback is None or kink_rule != "inactive" or _forward_mode(form))):
         return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
-    if attached and _forward_mode(form):
-        return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
-    others = _others(form, found, counts, kink_rule, weak_tolerance)
-    values = found.point
-    point = values
+    others = _others(form, found, kink_rule, weak_tolerance)
+    tied = packed
     if attached:
-        point = _pulled_point(form, found, others, kink_rule, weak_tolerance)
+        tied = _pulled(form, found, packed, others, kink_rule, weak_tolerance)
+
+    def later(name: str) -> tuple[Any, bool]:
+        if name == "report":
+            return Report(packed.residuals, packed.counts), not transforms.active()
+        # With the graph that x has, wherever this is asked; what a transform may wrap does not outlive it.
+        with torch.inference_mode(False), torch.set_grad_enabled(attached):
+            return getattr(tied, name), not transforms.active()
 
     def value() -> Tensor:
-        failed = _failed(found.status)
+        failed = _failed(packed.status)
         with torch.set_grad_enabled(attached):
-            plain = kkt.Point(*(v.detach() for v in values))
+            point = kkt.Point(*tied.vectors())
+            plain = kkt.Point(*(v.detach() for v in point))
             return _value(form, point, plain, _safe(plain, failed), failed, attached)
 
-    return Solution(
-        *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
-        status=found.status,
-        report=Report(found.residuals, counts),
+    return Solution.later(
+        later,
+        x=tied.x,
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=_unless_changed(form, point, value),
+        _value=_unless_changed(form.tensors() | {"x": tied.x, "s, nu or lam": tied.rest}, value),
+        _hessian=form.Q if isinstance(form, QPForm) else None,
     )
 
 
-def _others(
-    form: Form, found: kkt.Solved, counts: Tensor, kink_rule: str, weak_tolerance: float
-) -> list[tuple[kkt.Rest, Prepared]]:
+def _others(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float) -> list[tuple[kkt.Rest, Prepared]]:
     """Prepare the instances that another solver solved, and complete their counts."""
     others = []
     for rest in found.others:
-        assert isinstance(form, QPForm)
+        assert isinstance(form, QPForm) and found.counts is not None
         prepared = prepare(form.part(rest.begin, rest.end).detach(), rest.found, kink_rule, weak_tolerance)
-        target = counts.view(3, -1)[1:, rest.begin : rest.end]
+        target = found.counts.view(3, -1)[1:, rest.begin : rest.end]
         target.copy_(torch.where(rest.mine, prepared.counts[1:], target))
         others.append((rest, prepared))
     return others
@@ -210,7 +215,7 @@ class Reverse(NamedTuple):
         """Return the gradients for those tensors of ``form`` (plain) that need one, from those for the point."""
         task = self.task
         if task.found.pullback is not None and self.prepared is None:
-            return _pulled(task, form, point, gradients, needed)
+            return _pull(task, form, point, gradients, needed)
         leaves = {
             k: v.detach().requires_grad_(need) for (k, v), need in zip(form.tensors().items(), needed, strict=True)
         }
@@ -236,13 +241,16 @@ def apart(
         form: the problem, detached.
         found: its solution; it may keep the memory of the outputs, not the outputs.
     """
-    found = found._replace(point=kkt.Point(*(v.detach() for v in found.point)))
-    task = _Task(form, found, tuple(range(6)), (), [], kink_rule, weak_tolerance)
+    found = found.replace(
+        point=kkt.Point(*(v.detach() for v in found.point)), status=found.status, residuals=found.residuals,
+        counts=found.counts, packed=None,
+    )  # fmt: skip
+    task = _Task(form, found, (), [], kink_rule, weak_tolerance)
     counts = found.counts
     if counts is None or (keep and (found.pullback is None or kink_rule != "inactive")):
         prepared = prepare(form, found, kink_rule, weak_tolerance)
         return prepared.counts, Reverse(task, prepared) if keep else None
-    others = _others(form, found, counts, kink_rule, weak_tolerance)
+    others = _others(form, found, kink_rule, weak_tolerance)
     return counts, Reverse(task._replace(others=others), None) if keep else None
 
 
@@ -271,39 +279,35 @@ def value_gradients(
 
 
 class _Task(NamedTuple):
-    """What a reverse pass needs beside the tensors that autograd saves: the form; the solution, its point empty where
-    outputs stood; which of x, s, nu, lam, lam_lower, lam_upper are outputs, and which of the form's tensors are inputs;
-    the instances that another solver solved; and how kinks are read."""
+    """What a reverse pass needs beside the tensors that autograd saves: the form; the solution, without its point; the
+    places of those tensors of the form that are inputs; the instances that another solver solved; and the kink rule."""
 
     form: Form
     found: kkt.Solved
-    outputs: tuple[int, ...]
     inputs: tuple[int, ...]
     others: list[tuple[kkt.Rest, Prepared]]
     kink_rule: str
     weak_tolerance: float
 
 
-_EMPTY = torch.empty(0)
-
-
-def _pulled_point(
-    form: Form, found: kkt.Solved, others: list[tuple[kkt.Rest, Prepared]], kink_rule: str, weak_tolerance: float
-) -> kkt.Point:
-    # Every tensor that autograd handles costs a microsecond or more: what has no entries, or needs no gradient,
-    # stays out. (Where there are no bounds, their multipliers are zero, whatever the data.)
-    bounded = form.lower is not None or form.upper is not None
-    live = (0, *((1, 3) if form.m else ()), *((2,) if form.p else ()), *((4, 5) if bounded else ()))
+def _pulled(
+    form: Form, found: kkt.Solved, packed: Packed, others: list[tuple[kkt.Rest, Prepared]], kink_rule: str,
+    weak_tolerance: float,
+) -> Packed:  # fmt: skip
+    """Return the answer, attached to the form by the solver's own reverse pass."""
+    # Every tensor that autograd handles costs a microsecond or more: the answer goes as two, and of the data only what
+    # needs a gradient.
     tensors = tuple(form.tensors().values())
     inputs = tuple([i for i, tensor in enumerate(tensors) if tensor.requires_grad])
-    values = list(found.point)
-    outputs = [values[i] for i in live]
     # The graph of the outputs holds the task, so the task must not hold the outputs.
-    hollow = [_EMPTY if i in live else v for i, v in enumerate(values)]
-    task = _Task(form, found._replace(point=kkt.Point(*hollow)), live, inputs, others, kink_rule, weak_tolerance)
-    for i, output in zip(live, _Pulled.apply(task, outputs, *[tensors[i] for i in inputs]), strict=True):
-        values[i] = output
-    return kkt.Point(*values)
+    found.packed = Packed(packed.arrangement, _EMPTY, _EMPTY, packed.report)
+    task = _Task(form, found, inputs, others, kink_rule, weak_tolerance)
+    # (In a list they are no inputs, and autograd makes no views of them.)
+    x, rest = _Pulled.apply(task, [packed.x, packed.rest], *[tensors[i] for i in inputs])
+    return Packed(packed.arrangement, x, rest, packed.report)
+
+
+_EMPTY = torch.empty(0)
 
 
 class _Pulled(torch.autograd.Function):
@@ -321,30 +325,37 @@ class _Pulled(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, for_x: Tensor | None, for_rest: Tensor | None) -> tuple[Tensor | None, ...]:
         task: _Task = ctx.task
-        saved, count = ctx.saved_tensors, len(task.outputs)
-        values, incoming = list(task.found.point), [None] * 6
-        for i, value, grad in zip(task.outputs, saved, grads, strict=False):
-            values[i], incoming[i] = value, grad  # type: ignore[call-overload]
-        point, gradients = kkt.Point(*values), tuple(incoming)
-        if torch.is_grad_enabled() or any(grad is not None and transforms.wrapped(grad) for grad in grads):
-            form = _with_saved(task, saved[count:])
-            return (
-                None,
-                None,
-                *transforms.many_at_once(lambda *grads: _differentiated(task, form, point, grads), gradients),
-            )
+        x, rest, *data = ctx.saved_tensors
+        hollow = task.found.packed
+        assert hollow is not None
+        arrangement = hollow.arrangement
+        point = Packed(arrangement, x, rest, hollow.report)
+        if torch.is_grad_enabled() or any(g is not None and transforms.wrapped(g) for g in (for_x, for_rest)):
+            form, whole = _with_saved(task, data), kkt.Point(*point.vectors())
+
+            def again(for_x: Tensor | None, for_rest: Tensor | None) -> tuple[Tensor | None, ...]:
+                return _differentiated(task, form, whole, _gradients(arrangement, for_x, for_rest))
+
+            return (None, None, *transforms.many_at_once(again, (for_x, for_rest)))
         needed = [False] * len(task.form.tensors())
         for place, need in zip(task.inputs, ctx.needs_input_grad[2:], strict=True):
             needed[place] = need
-        form = _with_saved(task, saved[count:]) if task.others else task.form
-        found = _pulled(task, form, point, gradients, tuple(needed))
+        form = _with_saved(task, data) if task.others else task.form
+        found = _pull(task, form, point, _gradients(arrangement, for_x, for_rest), tuple(needed))
         return None, None, *[found[i] for i in task.inputs]
 
 
-def _pulled(
-    task: _Task, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+def _gradients(arrangement: Arrangement, for_x: Tensor | None, for_rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients for x, s, nu, lam, lam_lower, lam_upper."""
+    if for_rest is None:
+        return for_x, None, None, None, None, None
+    return for_x, *(arrangement.piece(for_rest, which) for which in range(5))
+
+
+def _pull(
+    task: _Task, form: Form, point: kkt.Point | Packed, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return what the solver's own reverse pass gives for those tensors of the form that need a gradient."""
     assert task.found.pullback is not None
@@ -354,7 +365,7 @@ def _pulled(
     return found
 
 
-def _with_saved(task: _Task, saved: tuple[Tensor, ...]) -> Form:
+def _with_saved(task: _Task, saved: Sequence[Tensor]) -> Form:
     """Return the form with the tensors that need a gradient as autograd saved them."""
     tensors = dict(task.form.tensors())
     names = list(tensors)
@@ -401,7 +412,7 @@ def _differentiated(
 ) -> tuple[Tensor | None, ...]:
     """Return the reverse pass in torch operations, with a graph of its own where one is asked for."""
     create_graph = torch.is_grad_enabled()
-    found = task.found._replace(point=kkt.Point(*(v.detach() for v in point)))
+    found = task.found.replace(point=kkt.Point(*(v.detach() for v in point)))
     with torch.enable_grad():
         if prepared is None:
             prepared = prepare(form.detach(), found, task.kink_rule, task.weak_tolerance)
@@ -587,9 +598,10 @@ def _forward_mode(form: Form) -> bool:
 
 def needs_graph(form: Form) -> bool:
     """Return whether anything asks for derivatives in the form's tensors."""
-    tensors = form.tensors().values()
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for tensor in form.tensors().values():
+            if tensor.requires_grad:
+                return True
     return _forward_mode(form)
 
 
@@ -648,9 +660,8 @@ def _only_derivative(v: Tensor) -> Tensor:
     return torch.where(torch.isinf(v), 0.0, v - v.detach())
 
 
-def _unless_changed(form: Form, point: kkt.Point, value: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return ``value``, with an error where data or point were changed in place between now and the call."""
-    named = form.tensors() | point._asdict()
+def _unless_changed(named: dict[str, Tensor], value: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return ``value``, with an error where one of these tensors was changed in place between now and the call."""
     try:
         before = [tensor._version for tensor in named.values()]
     except RuntimeError:  # tensors of inference mode do not count their changes

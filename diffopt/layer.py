@@ -25,13 +25,15 @@ from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.precision import full_precision, lowered, raised
 from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import REMEDIES, Certificate, Report, Solution, Status
+from diffopt.solution import REMEDIES, Certificate, Report, Solution, Status, eigenvalues
 from diffopt.solvers.settings import Settings
 
 OnFailure = Literal["raise", "return"]
 OnInfeasible = Elastic | Literal["elastic", "closest"] | None
 _DEFAULT = Settings()
 MOST_NAMED = 8
+ROUNDED = 1e-12
+"""Negative eigenvalue, relative to the largest magnitude of one, that may be rounding error."""
 
 
 class Layer(nn.Module):
@@ -301,10 +303,11 @@ def _exactly(form: Form, backend: str | Backend, settings: Settings, on_failure:
     if transforms.active():
         return _transformed(form, backend, settings, on_failure), True
     solver = choose(backend, form)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
-    with torch.no_grad():
-        found = solver.solve(form, settings, keep)
-    solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
+    attached = implicit.needs_graph(form)
+    found = solver.solve(form, settings, attached)
+    solution = implicit.attach_solved(
+        form, found, attached, settings.kink_rule, settings.weak_tolerance_for(form.dtype)
+    )
     return solution, found.solved
 
 
@@ -431,7 +434,7 @@ def _failure_message(solution: Solution, failed: list[list[int]]) -> str:
     for index in failed[:MOST_NAMED]:
         status = Status(int(solution.status[tuple(index)]))
         seen.append(status)
-        lines.append(f"  batch index {_index(index)}: {status.name}")
+        lines.append(f"  batch index {_index(index)}: {status.name}{_curvature(solution, status, index)}")
     if len(failed) > MOST_NAMED:
         lines.append(f"  and {len(failed) - MOST_NAMED} more")
     lines += [f"{status.name}: {REMEDIES[status]}." for status in dict.fromkeys(seen)]
@@ -439,6 +442,20 @@ def _failure_message(solution: Solution, failed: list[list[int]]) -> str:
         "Pass on_failure='return' to get every instance with its status, and use those where `solution.ok` holds."
     )
     return "\n".join(lines)
+
+
+def _curvature(solution: Solution, status: Status, index: list[int]) -> str:
+    """Return what to say of the Hessian of a failed instance, if it is that which made it fail."""
+    if status != Status.NUMERICAL_ERROR or solution._hessian is None:
+        return ""
+    matrix = solution._hessian.dense()
+    found = eigenvalues(matrix.expand(*solution.status.shape, *matrix.shape[-2:])[tuple(index)].double())
+    least, largest = float(found[0]), float(found.abs().max())
+    if not least < -ROUNDED * largest:
+        return ""
+    return (
+        f" (Q is not positive semidefinite: its smallest eigenvalue is {least:.2e}, its largest {float(found[-1]):.2e})"
+    )
 
 
 def _index(index: list[int]) -> str:

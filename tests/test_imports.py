@@ -8,7 +8,9 @@ import pytest
 import diffopt
 
 ROOT = Path(diffopt.__file__).parent
-GROUND = {"errors", "living", "shapes", "precision", "solution", "cones", "linalg", "waiting", "_version"}
+GROUND = {
+    "errors", "living", "shapes", "precision", "waiting", "modes", "packed", "solution", "cones", "linalg", "_version"
+}  # fmt: skip
 ALLOWED = {
     "problems": GROUND | {"problems"},
     "solvers": GROUND | {"solvers"},

@@ -16,7 +16,7 @@ from diffopt.cones import kinds
 from diffopt.errors import BackendUnsupported
 from diffopt.living import Living
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import ALMOST, Certificate, Residuals, Status
+from diffopt.solution import ALMOST, INDEFINITE, Certificate, Residuals, Status
 from diffopt.solvers.settings import Settings
 
 AnyForm = TypeVar("AnyForm", bound=Form)
@@ -112,11 +112,12 @@ class Backend(Living, ABC):
             return f"does not take {form.dtype}"
         return None
 
+    @torch.no_grad()
     def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
-        """Solve a batch, recompute the residuals from the original data, and correct the status.
+        """Solve a batch without a graph, recompute the residuals from the original data, and correct the status.
 
         Args:
-            form: the problem; called where no graph is recorded.
+            form: the problem.
             settings: see `Settings`.
             keep: whether a pullback will be of use.
         """
@@ -224,11 +225,6 @@ class InstancePoint:
     iterations: int = 0
     executor: str = ""
     certificate: Certificate | None = None
-
-
-INDEFINITE = 1e-7
-"""A Q is indefinite when its smallest eigenvalue is below minus this times the largest magnitude of
-one: far above what rounding does to a semidefinite matrix, also when it was formed in float32."""
 
 
 def screen(data: dict[str, Tensor]) -> InstancePoint | None:

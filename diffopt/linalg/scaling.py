@@ -55,12 +55,13 @@ def equilibrate(Q: SymmetricMatrix, A: Tensor, G: Tensor, q: Tensor) -> Scaling:
         Ruiz (2001), "A scaling algorithm to equilibrate both rows and columns norms in matrices",
         with the largest magnitude as norm.
     """
-    hessian, a, g = Q.column_norms(), A.abs(), G.abs()
+    # No entry of a positive semidefinite Q is larger than the geometric mean of its two diagonal ones, in any units:
+    # balancing the diagonal balances all of it.
+    hessian, a, g = Q.diagonal().abs(), A.abs(), G.abs()
     d = torch.ones_like(hessian)
     eq = torch.ones(A.shape[:-1], dtype=A.dtype, device=A.device)
     rows = torch.ones(G.shape[:-1], dtype=G.dtype, device=G.device)
     for _ in range(PASSES):
-        # Q's column norm under diag(d) Q diag(d) is bounded by d_j |Q_j| max d: close enough to balance by.
         column = d * hessian * d
         if A.shape[-2]:
             scaled = eq.unsqueeze(-1) * a * d.unsqueeze(-2)

@@ -19,10 +19,13 @@ from torch import Tensor
 
 from diffopt.linalg.matrices import Diagonal
 from diffopt.shapes import matvec, max_abs, rmatvec
-from diffopt.solvers.scaled_qp import ScaledQP, State
+from diffopt.solvers.scaled_qp import ScaledQP, State, fall
 
 TOLERANCE = 1e-8
 """Largest error of a normalised certificate, in equilibrated units, for which it is claimed."""
+
+FLAT = 1e-12
+"""Curvature along a direction, relative to its length, that is nothing but rounding error."""
 
 
 class Proof(NamedTuple):
@@ -53,7 +56,7 @@ def check_primal(qp: ScaledQP, state: State, run: Tensor) -> Proof:
         if qp.has_upper:
             pieces.append(torch.where(on_upper, (upper - pull).clamp_min(0), 0.0))
         z = torch.cat(pieces, -1)
-    depth = -((qp.b * state.nu).sum(-1) + (qp.d * z).sum(-1) + (qp.target * y).sum(-1))
+    depth = fall(qp.b * state.nu, qp.d * z, qp.target * y)
     scale = torch.where(depth > 0, 1 / torch.where(depth > 0, depth, 1.0), 0.0).unsqueeze(-1)
     ray = State(torch.zeros_like(state.x), state.nu * scale, y * scale, torch.zeros_like(z), z * scale)
     error = max_abs(rmatvec(qp.A, ray.nu) + qp.apply_Ct(ray.z, ray.y))
@@ -62,16 +65,23 @@ def check_primal(qp: ScaledQP, state: State, run: Tensor) -> Proof:
     return Proof(holds, ray)
 
 
-def check_dual(qp: ScaledQP, direction: Tensor, run: Tensor) -> Proof:
-    """Check a direction as a proof of unboundedness, normalised to q'x = -1."""
-    fall = -(qp.q * direction).sum(-1)
-    scale = torch.where(fall > 0, 1 / torch.where(fall > 0, fall, 1.0), 0.0).unsqueeze(-1)
+def check_dual(qp: ScaledQP, direction: Tensor, run: Tensor, convex: Tensor) -> Proof:
+    """Check a direction as a proof of unboundedness, normalised to q'x = -1.
+
+    Args:
+        convex: ``(*batch,)`` where Q seems to be definite. Such an objective is bounded below, whatever a direction of
+            tiny curvature suggests; one of none at all shows that the pivots took a singular Q for a definite one.
+    """
+    slope = fall(qp.q * direction)
+    scale = torch.where(slope > 0, 1 / torch.where(slope > 0, slope, 1.0), 0.0).unsqueeze(-1)
     v = direction * scale
-    error = torch.maximum(max_abs(qp.Q.matvec(v)), max_abs(matvec(qp.A, v)))
+    bend = max_abs(qp.Q.matvec(v))
+    run = run & (~convex | (bend <= FLAT * max_abs(v)))
+    error = torch.maximum(bend, max_abs(matvec(qp.A, v)))
     error = torch.maximum(error, max_abs(torch.where(qp.on, qp.apply_C(v), 0.0).clamp_min(0)))
     if qp.fixed.shape[-1]:
         error = torch.maximum(error, max_abs(torch.where(qp.fixed, v, 0.0)))
-    holds = run & (fall > 0) & torch.isfinite(fall) & (error <= TOLERANCE)
+    holds = run & (slope > 0) & torch.isfinite(slope) & (error <= TOLERANCE)
     none = torch.zeros_like(qp.d)
     return Proof(holds, State(v, torch.zeros_like(qp.b), torch.zeros_like(qp.target), none, none))
 
@@ -112,6 +122,27 @@ def least_infeasibility(qp: ScaledQP) -> Auxiliary:
         target = torch.cat([qp.target, qp.target.new_zeros(*batch, p + m)], -1)
         low, high = torch.where(pad, target, low), torch.where(pad, target, high)
     return Auxiliary(Diagonal(weight), qp.q.new_zeros(*batch, size), A, qp.b, G, general, low, high)
+
+
+def seen_closer(problem: Auxiliary, x: Tensor, nu: Tensor, lam: Tensor, n: int) -> Auxiliary:
+    """Return the first auxiliary problem in variables around its solution and in units of the largest violation.
+
+    Its multipliers are as large as the violations, and only as accurate as rounding errors of x allow. A combination of
+    the rows that contradicts itself contradicts itself here too, and is found to full accuracy.
+
+    Args:
+        problem, x, nu, lam: the problem and its solution; the first ``n`` of its variables are those of the program.
+    """
+    size = torch.maximum(max_abs(nu), max_abs(lam)).unsqueeze(-1)
+    unit = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
+    x = torch.where(torch.isfinite(x), x, 0.0)[..., :n]
+    shift = torch.nn.functional.pad(x, (0, problem.q.shape[-1] - n))
+    lower, upper = (None if side is None else (side - shift) / unit for side in (problem.lower, problem.upper))
+    if lower is not None and upper is not None:
+        fixed = problem.lower == problem.upper
+        lower, upper = torch.where(fixed, 0.0, lower), torch.where(fixed, 0.0, upper)
+    b, h = (problem.b - matvec(problem.A, shift)) / unit, (problem.h - matvec(problem.G, shift)) / unit
+    return problem._replace(b=b, h=h, lower=lower, upper=upper)
 
 
 def steepest_recession(qp: ScaledQP) -> Auxiliary:

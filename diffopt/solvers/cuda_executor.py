@@ -20,7 +20,8 @@ from torch import Tensor
 
 from diffopt.errors import CompiledExecutorWarning
 from diffopt.linalg.matrices import Dense
-from diffopt.solvers.executor import Answer, Data, Executor
+from diffopt.packed import Arrangement, Packed
+from diffopt.solvers.executor import Answer, Data, Executor, Point
 from diffopt.solvers.settings import Settings
 
 SOURCES = Path(__file__).parent / "cuda"
@@ -294,11 +295,8 @@ class CudaExecutor(Executor):
         sizes, batch, q = _sizes(data), data.batch, data.q
         count = batch.numel()
         fields = _fields(data)
-        x, s, lam = q.new_empty((*batch, sizes.n)), q.new_empty((*batch, sizes.m)), q.new_empty((*batch, sizes.m))
-        nu, lower, upper = q.new_empty((*batch, sizes.p)), torch.empty_like(x), torch.empty_like(x)
-        status = torch.empty(batch, dtype=torch.int8, device=q.device)
-        counts = torch.empty((3, *batch), dtype=torch.int64, device=q.device)
-        residuals = torch.empty((3, *batch), dtype=torch.float64, device=q.device)
+        packed = Packed.empty(Arrangement(batch, sizes.n, sizes.p, sizes.m), q)
+        x, s, nu, lam, lower, upper, residuals, counts, status = packed.places()
         unsolved = torch.zeros(1, dtype=torch.int32, device=q.device)
         shape = self._shape(sizes, q.device, backward=False)
         # Without a pullback, and for the workspace, memory is needed for as many problems as run at a time only.
@@ -313,22 +311,21 @@ class CudaExecutor(Executor):
         workspace = kept.new_empty(teams * sizes.workspace()) if large else None
         if count:
             pairs = [v for name in ("Q", "q", "A", "b", "G", "h", "lower", "upper") for v in fields[name].pair()]
-            outputs = (workspace, x, s, lam, nu, lower, upper, status, counts, residuals, unsolved)
-            arguments: list[int | float] = [*pairs, sizes.n, sizes.p, sizes.m, count, kept.data_ptr(), lists.data_ptr()]
-            arguments += [int(keep), *map(_pointer, outputs)]
             claim = settings.tolerance_for(q.dtype)
-            arguments += [settings.max_iterations, float(tolerance), float(claim), float(weak_tolerance)]
+            arguments: list[int | float] = [*pairs, sizes.n, sizes.p, sizes.m, count, kept.data_ptr(), lists.data_ptr()]
+            arguments += [int(keep), _pointer(workspace), x, s, lam, nu, lower, upper, status, counts, residuals]
+            arguments += [unsolved.data_ptr(), settings.max_iterations]
+            arguments += [float(tolerance), float(claim), float(weak_tolerance)]
             self._launch("solve", q, grid, shape, arguments)
         saved = Saved(kept, lists, sizes, fields, others=settings.sync) if keep else None
         left = int(unsolved.item()) if settings.sync else None
         name = f"cuda:{shape.variant}"
-        return Answer(x, s, lam, nu, lower, upper, status, residuals, counts, left, None, saved, name)
+        return Answer(packed, left, None, saved, name)
 
     def pullback(
-        self, data: Data, answer: Answer, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+        self, data: Data, saved: Saved, point: Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """See `Executor`."""
-        saved: Saved = answer.saved
         sizes, fields = saved.sizes, saved.fields
         n, p, m = sizes.n, sizes.p, sizes.m
         batch, q = data.batch, data.q
@@ -345,8 +342,8 @@ class CudaExecutor(Executor):
         vectors = q.new_empty((count, 2 * (n + p + m)), dtype=torch.float64) if collected else None
         if count:
             pairs = [v for name in ("Q", "A", "G", "h") for v in fields[name].pair()]
-            incoming = [None if g is None else g.contiguous() for g in gradients]
-            tensors = (*incoming, *found.values(), vectors)
+            for_x, for_s, for_nu, for_lam, *for_bounds = [None if g is None else g.contiguous() for g in gradients]
+            tensors = (for_x, for_s, for_lam, for_nu, *for_bounds, *found.values(), vectors)
             arguments: list[int | float] = [*pairs, int(sizes.bounded), n, p, m, count]
             arguments += [saved.kept.data_ptr(), saved.lists.data_ptr(), int(saved.others), *map(_pointer, tensors)]
             shape = self._shape(sizes, q.device, backward=True)

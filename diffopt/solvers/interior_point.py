@@ -11,7 +11,7 @@ from diffopt import waiting
 from diffopt.linalg.saddle import Saddle
 from diffopt.shapes import matvec, max_abs, rmatvec
 from diffopt.solvers.newton_system import NewtonSystem
-from diffopt.solvers.scaled_qp import ScaledQP, State
+from diffopt.solvers.scaled_qp import ScaledQP, State, fall
 from diffopt.solvers.step import complementarity, interior_start, longest_step
 
 FARKAS = 1e-9
@@ -49,6 +49,7 @@ def solve(
     max_iterations: int,
     bounded: bool = False,
     hold: bool = False,
+    weight: float = 1.0,
 ) -> Outcome:
     """Solve the instances marked in ``run`` by Mehrotra's predictor-corrector method.
 
@@ -64,6 +65,7 @@ def solve(
         bounded: the objective is known to be strictly convex, so unboundedness is not looked for.
         hold: give every row an equation of its own in the n x n form. Slower; does not lose flat directions of Q
             where weights are large.
+        weight: of the rows at the start, see `start`.
 
     References:
         Mehrotra (1992), "On the implementation of a primal-dual interior point method"; for QPs and
@@ -74,7 +76,7 @@ def solve(
     """
     # The n x n form loses what stands between its smallest and largest weight; the others need no refinement.
     refinements = 2 if system.reduction == "primal" else 0
-    state = start(qp, system, hold)
+    state = start(qp, system, hold, weight)
     shape = qp.batch
     best, best_residual = state, torch.full(shape, torch.inf, dtype=qp.q.dtype, device=qp.q.device)
     stopped = ~run.expand(shape)
@@ -85,7 +87,7 @@ def solve(
     stalled, slow = torch.zeros_like(iterations), torch.zeros_like(iterations)
 
     for count in range(max_iterations + 1):
-        residual = qp.relative_residuals(state)
+        residual, infeasible = qp.relative_residuals(state)
         gained = residual < best_residual
         best, best_residual = state.where(gained, best), torch.where(gained, residual, best_residual)
         infeasible, unbounded = _certificates(qp, state)
@@ -109,8 +111,9 @@ def solve(
         mu_affine = complementarity(state.s + alpha * affine.s, state.z + alpha * affine.z, qp.on)
         sigma = (mu_affine / torch.where(mu > 0, mu, 1.0)).clamp(0, 1) ** 3
 
-        # Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions.
-        sigma = torch.where(mu < AHEAD * residual, 1.0, sigma)
+        # Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions. (The gap is
+        # complementarity itself, in other units.)
+        sigma = torch.where(mu < AHEAD * infeasible, 1.0, sigma)
         target = (sigma * mu).unsqueeze(-1) - affine.s * affine.z
         direction = newton.step(r_dual, r_eq, r_row, target)
         reach = longest_step(state.s, state.z, direction.s, direction.z, qp.on)
@@ -133,14 +136,14 @@ def solve(
     return Outcome(best, best_residual, iterations, primal_infeasible, dual_infeasible, failed)
 
 
-def start(qp: ScaledQP, system: Saddle, hold: bool = False) -> State:
-    """Return the minimiser of the objective plus 1/2 |Cx - d|^2 over the rows, and s and z from its distances.
+def start(qp: ScaledQP, system: Saddle, hold: bool = False, weight: float = 1.0) -> State:
+    """Return the minimiser of the objective plus weight/2 |Cx - d|^2 over the rows, and s and z from its distances.
 
     A row whose side is far away counts less, so that a bound of 1e12 that nobody will meet does
     not pull x there.
     """
     one = torch.ones_like(qp.d)
-    far = (qp.d.abs() / FAR).clamp_min(1).square()
+    far = (qp.d.abs() / FAR).clamp_min(1).square() / weight
     at = State(qp.q.new_zeros(*qp.batch, qp.n), torch.zeros_like(qp.b), torch.zeros_like(qp.target), far, one)
     newton = NewtonSystem(qp, system, at, refinements=1, hold=hold)
     # With s = far, z = 1 and target = far the row equation reads C dx - far dz = d.
@@ -160,12 +163,12 @@ def _certificates(qp: ScaledQP, state: State) -> tuple[Tensor, Tensor]:
     """
     z = state.z * qp.on
     pull = rmatvec(qp.A, state.nu) + qp.apply_Ct(z, state.y)
-    depth = -((qp.b * state.nu).sum(-1) + (qp.d * z).sum(-1) + (qp.target * state.y).sum(-1))
+    depth = fall(qp.b * state.nu, qp.d * z, qp.target * state.y)
     primal = (depth > 0) & (max_abs(pull) <= FARKAS * depth)
-    fall = -(qp.q * state.x).sum(-1)
+    slope = fall(qp.q * state.x)
     outside = torch.where(qp.on, qp.apply_C(state.x), 0.0).clamp_min(0)
     error = torch.maximum(max_abs(qp.Q.matvec(state.x)), max_abs(matvec(qp.A, state.x)))
     error = torch.maximum(error, max_abs(outside))
     if qp.fixed.shape[-1]:
         error = torch.maximum(error, max_abs(torch.where(qp.fixed, state.x, 0.0)))
-    return primal, (fall > 0) & (error <= FARKAS * fall)
+    return primal, (slope > 0) & (error <= FARKAS * slope)

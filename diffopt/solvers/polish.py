@@ -53,7 +53,7 @@ def polish(qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Te
         wrong_z = active & (candidate.z < -slack * z_size)
         wrong_s = qp.on & ~active & (candidate.s < -slack * s_size)
         clipped = candidate._replace(s=candidate.s.clamp_min(0), z=candidate.z.clamp_min(0))
-        error = qp.relative_residuals(clipped)
+        error, _ = qp.relative_residuals(clipped)
         signs = ~(wrong_z | wrong_s).any(-1)
         good = pending & signs & ~factor.failed & ((error <= best_residual) | (error <= enough))
         best, best_residual = clipped.where(good, best), torch.where(good, error, best_residual)

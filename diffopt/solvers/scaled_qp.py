@@ -29,6 +29,20 @@ class State(NamedTuple):
         return State(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
 
 
+NOISE = 1e-12
+"""Share of the sizes of its terms up to which a sum is taken for rounding error, of the data too."""
+
+
+def fall(*products: Tensor) -> Tensor:
+    """Return minus the sum of all entries of the products, ``(*batch,)``; 0 where that is a rise, or rounding error.
+
+    What a certificate is normalised by: one that rests on rounding errors proves nothing.
+    """
+    terms = torch.cat(products, -1)
+    total = -terms.sum(-1)
+    return torch.where(total > NOISE * terms.abs().sum(-1), total, 0.0)
+
+
 class ScaledQP:
     """minimise 1/2 x'Qx + q'x subject to Ax = b, Cx <= d, x = target where fixed; C = [G; -I; I].
 
@@ -127,15 +141,16 @@ class ScaledQP:
             bound_in, bound_e = bound_in | self.fixed, torch.where(self.fixed, 0.0, bound_e)
         return Rows(row_in, row_e, bound_in, bound_e)
 
-    def relative_residuals(self, state: State) -> Tensor:
-        """Return the worst relative residual of each instance, in original and in scaled units alike."""
+    def relative_residuals(self, state: State) -> tuple[Tensor, Tensor]:
+        """Return the worst relative residual of each instance, and the worst of primal and dual, in original and in
+        scaled units alike."""
         x, z = state.x, torch.where(self.on, state.z, 0.0)
         Qx, pull, push = self.Q.matvec(x), rmatvec(self.A, state.nu), self.apply_Ct(z, state.y)
         Ax, Cx = matvec(self.A, x), torch.where(self.on, self.apply_C(x), 0.0)
         linear, sides = (self.q * x).sum(-1), (self.d * z).sum(-1) + (self.target * state.y).sum(-1)
         terms = torch.stack([(Qx * x).sum(-1), linear, (self.b * state.nu).sum(-1), sides])
         stray = torch.where(self.fixed, x - self.target, 0.0) if self.fixed.shape[-1] else torch.zeros_like(x)
-        worst = torch.zeros_like(linear)
+        worst = infeasible = torch.zeros_like(linear)
         one = x.new_ones(())
         for x_unit, eq_unit, row_unit, d_unit, cost_unit in (
             (one, one, one, one, one),
@@ -146,9 +161,10 @@ class ScaledQP:
             primal = _largest((Ax - self.b) * eq_unit, (Cx - self.d).clamp_min(0) * row_unit, stray * d_unit)
             primal_size = _largest(Ax * eq_unit, self.b * eq_unit, Cx * row_unit, self.d * row_unit)
             gap, gap_size = terms.sum(0).abs() * cost_unit, terms.abs().amax(0) * cost_unit
-            for error, size in ((dual, dual_size), (primal, primal_size), (gap, gap_size)):
-                worst = torch.maximum(worst, error / (1 + size))
-        return worst
+            for error, size in ((dual, dual_size), (primal, primal_size)):
+                infeasible = torch.maximum(infeasible, error / (1 + size))
+            worst = torch.maximum(worst, gap / (1 + gap_size))
+        return torch.maximum(worst, infeasible), infeasible
 
 
 def _largest(*vectors: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from solvers.cuda.shim import ShimLauncher, library
 from tolerances import GRADIENT, GRADIENT_REFERENCE, RESIDUAL, SOLUTION, X_REFERENCE
 
 NAMES = ("Q", "q", "A", "b", "G", "h", "lower", "upper")
-OUTPUTS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper")
+OUTPUTS = ("x", "s", "nu", "lam", "lam_lower", "lam_upper")
 f64 = torch.float64
 Problem = dict[str, Any]  # tensors
 
@@ -69,9 +69,10 @@ def solve(executor: CudaExecutor, problem: Problem, batch: tuple[int, ...] | Non
 def weights(answer: Answer, seed: int = 5) -> tuple[Tensor, ...]:
     """Draw the coefficients of a linear function of all outputs; none for an infinite slack."""
     g = torch.Generator().manual_seed(seed)
-    drawn = (torch.randn(v.shape, dtype=f64, generator=g) for v in answer[:6])
+    vectors = answer.packed.vectors()
+    drawn = (torch.randn(v.shape, dtype=f64, generator=g) for v in vectors)
     return tuple(
-        torch.where(v.isinf().cpu(), 0.0, w).to(v.dtype).to(v.device) for v, w in zip(answer[:6], drawn, strict=True)
+        torch.where(v.isinf().cpu(), 0.0, w).to(v.dtype).to(v.device) for v, w in zip(vectors, drawn, strict=True)
     )
 
 
@@ -90,7 +91,7 @@ def reference(problem: Problem, weights: tuple[Tensor, ...]) -> dict[str, Tensor
 
 def pull_back(executor: CudaExecutor, problem: Problem, answer: Answer, weights: tuple[Tensor | None, ...]) -> Problem:
     needed = tuple(name in problem for name in NAMES)
-    found = executor.pullback(data_of(problem), answer, weights, needed)
+    found = executor.pullback(data_of(problem), answer.saved, answer.packed, weights, needed)
     return {name: v for name, v in zip(NAMES, found, strict=True) if v is not None}
 
 
@@ -99,9 +100,9 @@ def compare(executor: CudaExecutor, problem: Problem) -> Answer:
     double = problem["q"].dtype == f64
     answer = solve(executor, problem)
     expected = pdipm.solve(data_of({name: v.double() for name, v in problem.items()}), Settings(), 1e-9)
-    assert answer.unsolved == 0 and (answer.status == Status.SOLVED).all()
+    assert answer.unsolved == 0 and (answer.packed.status == Status.SOLVED).all()
     for name in OUTPUTS:
-        got, want = getattr(answer, name), getattr(expected, name)
+        got, want = getattr(answer.packed, name), getattr(expected, name)
         assert torch.equal(got.isinf(), want.isinf())
         error = relative(got.nan_to_num(posinf=0.0), want.nan_to_num(posinf=0.0).to(got.dtype))
         assert error <= (X_REFERENCE if double else SOLUTION[torch.float32]), (name, error)
@@ -133,11 +134,18 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_agrees_with_torch(serial: CudaExecutor, n: int, m: int, p: int, bounds: str) -> None:
     problem = optnet(4, n, m if not bounds else m // 2, p, bounds)
     answer = compare(serial, problem)
-    point = kkt.Point(answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper)
+    point = kkt.Point(
+        answer.packed.x,
+        answer.packed.s,
+        answer.packed.nu,
+        answer.packed.lam,
+        answer.packed.lam_lower,
+        answer.packed.lam_upper,
+    )
     again = kkt.residuals(QPForm(**problem), point)
-    for mine, theirs in zip(answer.residuals, again, strict=True):
+    for mine, theirs in zip(answer.packed.residuals, again, strict=True):
         assert (mine - theirs).abs().max() <= 1e-12  # both are at rounding level, each in its own order of summation
-    assert answer.residuals.max() <= RESIDUAL[f64] * 1e-3
+    assert answer.packed.residuals.max() <= RESIDUAL[f64] * 1e-3
 
 
 def test_many_problems_none_left(serial: CudaExecutor) -> None:
@@ -145,13 +153,16 @@ def test_many_problems_none_left(serial: CudaExecutor) -> None:
     problem = optnet(1024, 6, 6, seed=1)
     answer = solve(serial, problem)
     expected = pdipm.solve(data_of(problem), Settings(), 1e-9)
-    assert answer.unsolved == 0 and answer.counts[0].max() <= 25
-    assert relative(answer.x, expected.x) <= X_REFERENCE and relative(answer.lam, expected.lam) <= X_REFERENCE
+    assert answer.unsolved == 0 and answer.packed.counts[0].max() <= 25
+    assert (
+        relative(answer.packed.x, expected.x) <= X_REFERENCE
+        and relative(answer.packed.lam, expected.lam) <= X_REFERENCE
+    )
 
 
 def test_without_constraints(serial: CudaExecutor, variant: str) -> None:
     answer = compare(serial, optnet(3, 5, 0, 0))
-    assert answer.counts[0].tolist() == [0, 0, 0] and answer.name == f"cuda:{variant}"
+    assert answer.packed.counts[0].tolist() == [0, 0, 0] and answer.name == f"cuda:{variant}"
 
 
 @pytest.mark.parametrize("shared", ["Q", "G A", "Q A G"])
@@ -176,20 +187,19 @@ def test_float32_is_solved_in_float64(serial: CudaExecutor) -> None:
     problem["Q"] = problem["Q"] + torch.eye(12)
     single = {name: v.float() for name, v in problem.items()}
     answer = compare(serial, single)
-    assert answer.x.dtype == torch.float32 and answer.residuals.dtype == f64
+    assert answer.packed.x.dtype == torch.float32 and answer.packed.residuals.dtype == f64
     # The residuals are those of what is written.
-    fields = (answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper)
-    point = kkt.Point(*(v.double() for v in fields))
+    point = kkt.Point(*(v.double() for v in answer.packed.vectors()))
     again = kkt.residuals(QPForm(**{name: v.double() for name, v in single.items()}), point)
-    assert torch.allclose(answer.residuals, torch.stack(again), rtol=1e-6, atol=1e-14)
-    assert 1e-9 < answer.residuals.max() <= 1e-6
+    assert torch.allclose(answer.packed.residuals, torch.stack(again), rtol=1e-6, atol=1e-14)
+    assert 1e-9 < answer.packed.residuals.max() <= 1e-6
 
 
 def test_what_rounding_spoils_is_not_called_solved(serial: CudaExecutor) -> None:
     problem = {name: v.float() for name, v in optnet(5, 6, 4, 2).items()}
     problem["q"][2:], problem["A"][2:] = 1e4 * problem["q"][2:], 1e4 * problem["A"][2:]  # b stays as it is
     answer = solve(serial, problem)
-    assert answer.status.tolist() == [1, 1, 0, 0, 0] and answer.unsolved == 3
+    assert answer.packed.status.tolist() == [1, 1, 0, 0, 0] and answer.unsolved == 3
     again = solve(serial, {name: v.double() for name, v in problem.items()})
     assert again.unsolved == 0
 
@@ -199,8 +209,8 @@ def test_many_threads_agree_with_one(variant: str, warp: int, warps: int) -> Non
     problem = optnet(3, 19, 8, 3, "lower", shared="G")  # two panels, and more tiles than one
     executor, lone = CudaExecutor(ShimLauncher(warp, warps)), CudaExecutor(ShimLauncher())
     answer, expected = solve(executor, problem), solve(lone, problem)
-    assert torch.equal(answer.counts, expected.counts) and answer.unsolved == 0
-    assert all(relative(a, b) <= 1e-12 for a, b in zip(answer[:6], expected[:6], strict=True))
+    assert torch.equal(answer.packed.counts, expected.packed.counts) and answer.unsolved == 0
+    assert all(relative(a, b) <= 1e-12 for a, b in zip(answer.packed.vectors(), expected.packed.vectors(), strict=True))
     coefficients = weights(answer)
     ours, theirs = (pull_back(e, problem, a, coefficients) for e, a in ((executor, answer), (lone, expected)))
     assert all(relative(ours[name], theirs[name]) <= 1e-11 for name in problem)
@@ -237,8 +247,11 @@ def test_memory_is_for_as_many_as_run_at_a_time(variant: str, keep: bool, monkey
 
 
 def same_bits(a: Answer, b: Answer, where: list[int], there: list[int]) -> bool:
-    return all(torch.equal(u[where], v[there]) for u, v in zip(a[:7], b[:7], strict=True)) and all(
-        torch.equal(u[:, where], v[:, there]) for u, v in zip(a[7:9], b[7:9], strict=True)
+    one, other = a.packed, b.packed
+    vectors = zip((*one.vectors(), one.status), (*other.vectors(), other.status), strict=True)
+    reports = (one.residuals, other.residuals), (one.counts, other.counts)
+    return all(torch.equal(u[where], v[there]) for u, v in vectors) and all(
+        torch.equal(u[:, where], v[:, there]) for u, v in reports
     )
 
 
@@ -257,7 +270,7 @@ def test_an_instance_does_not_know_its_neighbours(variant: str, launcher: ShimLa
         spoiled = problem | {name: problem[name].clone()}
         spoiled[name].view(5, -1)[2, -1] = torch.nan
         again = solve(executor, spoiled)
-        assert again.status.tolist() == [1, 1, 0, 1, 1] and again.unsolved == 1
+        assert again.packed.status.tolist() == [1, 1, 0, 1, 1] and again.unsolved == 1
         assert same_bits(answer, again, keep, keep)
         after = pull_back(executor, spoiled, again, coefficients)
         for piece in problem:
@@ -300,11 +313,11 @@ KINDS = (
 def test_what_it_leaves_to_others(serial: CudaExecutor, kind: str) -> None:
     problem = broken(kind)
     answer = solve(serial, problem)
-    assert answer.status.tolist() == [Status.SOLVED, Status.UNSOLVED, Status.SOLVED] and answer.unsolved == 1
-    assert answer.x[1].isnan().all() and answer.residuals[:, 1].isnan().all()
+    assert answer.packed.status.tolist() == [Status.SOLVED, Status.UNSOLVED, Status.SOLVED] and answer.unsolved == 1
+    assert answer.packed.x[1].isnan().all() and answer.packed.residuals[:, 1].isnan().all()
     # Whoever solved it in the end: nothing of it comes from here.
-    answer.status[1] = Status.SOLVED
-    gradients = pull_back(serial, problem, answer, tuple(torch.ones_like(v) for v in answer[:6]))
+    answer.packed.status[1] = Status.SOLVED
+    gradients = pull_back(serial, problem, answer, tuple(torch.ones_like(v) for v in answer.packed.vectors()))
     assert all((v[1] == 0).all() and v[0].isfinite().all() for v in gradients.values())
 
 
@@ -313,16 +326,10 @@ def whole(problem: Problem, executor: str, weight: Tensor | None = None) -> tupl
     leaves: Problem = {name: v.clone().requires_grad_() for name, v in problem.items()}
     solution = diffopt.solve_qp(**leaves, settings=Settings(executor=executor), on_failure="return")  # type: ignore[arg-type]
     ok = solution.ok if weight is None else solution.ok & weight
-    total = sum(
-        (v[ok] * w[ok]).nan_to_num(posinf=0.0).sum()
-        for name, w in zip(OUTPUTS, weights(solution_like(solution)), strict=True)
-        for v in [getattr(solution, name)]
-    )
+    g = torch.Generator().manual_seed(5)
+    outputs = [getattr(solution, name) for name in OUTPUTS]
+    total = sum((v[ok] * torch.randn(v.shape, dtype=f64, generator=g)[ok]).sum() for v in outputs)
     return solution, dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))  # type: ignore[arg-type]
-
-
-def solution_like(solution: diffopt.Solution) -> Answer:
-    return Answer(*(getattr(solution, name).detach() for name in OUTPUTS), *[None] * 7)  # type: ignore[arg-type]
 
 
 def left_to_others(shared: str = "") -> Problem:
@@ -351,12 +358,16 @@ def test_what_is_left_goes_to_torch(
     assert mine.executor.startswith("cuda:warp+torch:") and torch.equal(mine.status, theirs.status)
     assert mine.status.flatten()[[3, 4, 6]].tolist() == [4, 7, 4] and mine.ok.sum() >= 4
     assert torch.equal(mine.weakly_active, theirs.weakly_active) and torch.equal(mine.dependent, theirs.dependent)
-    assert mine.certificate is not None and theirs.certificate is not None
-    assert torch.allclose(mine.certificate.lam, theirs.certificate.lam, equal_nan=True)
+    proof = mine.certificate
+    assert proof is not None and theirs.certificate is not None
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(proof, theirs.certificate, strict=True))
+    pull = (problem["A"].mT @ proof.nu.unsqueeze(-1) + problem["G"].mT @ proof.lam.unsqueeze(-1)).squeeze(-1)
+    proven = mine.status == Status.PRIMAL_INFEASIBLE
+    assert (pull - proof.lam_lower + proof.lam_upper)[proven].abs().max() <= 1e-7 and (proof.lam[proven] >= 0).all()
     for name in OUTPUTS:
         assert torch.allclose(getattr(mine, name), getattr(theirs, name), atol=1e-8, equal_nan=True), name
     assert all(relative(gradients[name], expected[name]) <= GRADIENT_REFERENCE for name in problem)
-    own = solve(serial, problem, batch=(2, 4))
+    own = solve(serial, problem, batch=(2, 4)).packed
     solved = own.status == Status.SOLVED
     assert 0 < solved.sum() < 8 and torch.equal(own.x[solved], mine.x[solved])
     assert torch.equal(own.residuals[:, solved], mine.report.residuals[:, solved])
@@ -393,7 +404,7 @@ def test_whether_a_neighbour_is_left_changes_no_bit(serial: CudaExecutor, monkey
 
 def test_few_iterations_leave_it_unsolved(serial: CudaExecutor) -> None:
     answer = solve(serial, optnet(4, 20, 20), max_iterations=2)
-    assert answer.unsolved > 0 and answer.counts[0].max() <= 2
+    assert answer.unsolved > 0 and answer.packed.counts[0].max() <= 2
 
 
 def test_absent_sides(serial: CudaExecutor) -> None:
@@ -401,7 +412,7 @@ def test_absent_sides(serial: CudaExecutor) -> None:
     problem["h"][:, 2] = torch.inf
     problem["lower"][1:, 3], problem["upper"][2:, 3:5] = -torch.inf, torch.inf
     answer = compare(serial, problem)
-    assert answer.s[:, 2].isinf().all() and (answer.lam[:, 2] == 0).all()
+    assert answer.packed.s[:, 2].isinf().all() and (answer.packed.lam[:, 2] == 0).all()
 
 
 def test_sides_far_away(serial: CudaExecutor) -> None:
@@ -416,10 +427,12 @@ def test_units_do_not_matter(serial: CudaExecutor, k: float) -> None:
     plain = solve(serial, problem)
     scaled = solve(serial, problem | {"Q": k * problem["Q"], "q": k * problem["q"]})
     assert scaled.unsolved == 0
-    assert relative(scaled.x, plain.x) <= 1e-9 and relative(scaled.lam / k, plain.lam) <= 1e-9
+    assert (
+        relative(scaled.packed.x, plain.packed.x) <= 1e-9 and relative(scaled.packed.lam / k, plain.packed.lam) <= 1e-9
+    )
     rows = solve(serial, problem | {name: k * problem[name] for name in ("A", "b", "G", "h")})
     assert rows.unsolved == 0
-    assert relative(rows.x, plain.x) <= 1e-9 and relative(rows.nu * k, plain.nu) <= 1e-9
+    assert relative(rows.packed.x, plain.packed.x) <= 1e-9 and relative(rows.packed.nu * k, plain.packed.nu) <= 1e-9
 
 
 def test_weakly_active_rows_are_counted_and_left_out(serial: CudaExecutor) -> None:
@@ -429,7 +442,11 @@ def test_weakly_active_rows_are_counted_and_left_out(serial: CudaExecutor) -> No
     problem |= {"A": eye.new_zeros(2, 0, n), "b": eye.new_zeros(2, 0), "G": eye[:2].repeat(2, 1, 1)}
     problem["h"] = torch.tensor([[0.0, -1.0], [0.0, -1.5]], dtype=f64)  # x = -q: both rows weak; then one active
     answer = solve(serial, problem)
-    assert answer.unsolved == 0 and answer.counts[1].tolist() == [2, 1] and answer.counts[2].tolist() == [0, 0]
+    assert (
+        answer.unsolved == 0
+        and answer.packed.counts[1].tolist() == [2, 1]
+        and answer.packed.counts[2].tolist() == [0, 0]
+    )
     coefficients = weights(answer)
     found, wanted = pull_back(serial, problem, answer, coefficients), reference(problem, coefficients)
     assert all(relative(found[name], wanted[name]) <= GRADIENT_REFERENCE for name in problem)
@@ -451,7 +468,7 @@ def test_only_what_is_needed_comes_back(serial: CudaExecutor) -> None:
     problem = optnet(3, 7, 5, 2)
     answer = solve(serial, problem)
     needed = (False, True, False, False, True, False, False, False)
-    found = serial.pullback(data_of(problem), answer, weights(answer), needed)
+    found = serial.pullback(data_of(problem), answer.saved, answer.packed, weights(answer), needed)
     assert [v is not None for v in found] == list(needed)
     assert serial.solve(data_of(problem), Settings(), 1e-9, 1e-7, keep=False).saved is None
 
@@ -459,7 +476,7 @@ def test_only_what_is_needed_comes_back(serial: CudaExecutor) -> None:
 def test_an_empty_batch(serial: CudaExecutor) -> None:
     problem = {name: v[:0] for name, v in optnet(1, 4, 3, 1).items()} | {"Q": torch.eye(4, dtype=f64)}
     answer = solve(serial, problem)
-    assert answer.x.shape == (0, 4) and answer.unsolved == 0
+    assert answer.packed.x.shape == (0, 4) and answer.unsolved == 0
     found = pull_back(serial, problem, answer, weights(answer))
     assert (found["Q"] == 0).all() and found["q"].shape == (0, 4)
 
@@ -535,7 +552,7 @@ class TestOnDevice:  # pragma: cuda
         if dtype == torch.float32:
             problem["Q"] = problem["Q"] + torch.eye(n, dtype=f64)
         answer = compare(CudaExecutor(), {name: v.to("cuda", dtype) for name, v in problem.items()})
-        assert answer.x.device.type == "cuda" and answer.x.dtype == dtype
+        assert answer.packed.x.device.type == "cuda" and answer.packed.x.dtype == dtype
 
     @pytest.mark.parametrize("n", [12, 40, 160])
     def test_an_instance_does_not_know_its_neighbours(self, n: int) -> None:
@@ -555,7 +572,7 @@ class TestOnDevice:  # pragma: cuda
     @pytest.mark.parametrize("kind", KINDS)
     def test_what_it_leaves_to_others(self, kind: str) -> None:
         answer = solve(CudaExecutor(), {name: v.cuda() for name, v in broken(kind).items()})
-        assert answer.status.tolist() == [Status.SOLVED, Status.UNSOLVED, Status.SOLVED]
+        assert answer.packed.status.tolist() == [Status.SOLVED, Status.UNSOLVED, Status.SOLVED]
 
     @pytest.mark.parametrize(("batch", "n"), [(5000, 8), (700, 40), (300, 150)])
     def test_more_problems_than_run_at_a_time(self, batch: int, n: int) -> None:
@@ -573,7 +590,7 @@ class TestOnDevice:  # pragma: cuda
         problem = {name: v.to("cuda:1") for name, v in optnet(5, 12, 6, 2, "lower").items()}
         with torch.cuda.device(0):
             answer = compare(CudaExecutor(), problem)
-            assert torch.cuda.current_device() == 0 and answer.x.device.index == 1
+            assert torch.cuda.current_device() == 0 and answer.packed.x.device.index == 1
 
     def test_a_stream_of_its_own(self) -> None:
         problem = {name: v.cuda() for name, v in optnet(64, 10, 10).items()}

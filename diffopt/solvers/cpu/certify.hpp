@@ -10,6 +10,7 @@
 namespace diffopt {
 
 constexpr double CLAIM = 1e-8;  // largest error of a normalised certificate, in equilibrated units, for which it is claimed
+constexpr double FLAT = 1e-12;  // curvature along a direction, relative to its length, that is nothing but rounding error
 
 // A certificate in original units, x, nu, lam, lam_lower, lam_upper one after the other; NaN where it says nothing.
 using Ray = std::vector<double>;
@@ -87,9 +88,7 @@ class Whole {
     int8_t certify(Ending end, int8_t status) {
         if (end == PROVEN_INFEASIBLE && proves_infeasible(main_.state)) return PRIMAL_INFEASIBLE;
         // Before unboundedness: an instance can be both, and then there is no x at all.
-        if (proves_infeasible(least_infeasibility())) return PRIMAL_INFEASIBLE;
-        // A strictly convex objective is bounded below, whatever a direction of tiny curvature suggests.
-        if (main_.strictly_convex) return status;
+        if (proves_infeasible(least_infeasibility()) || proves_infeasible(seen_closer())) return PRIMAL_INFEASIBLE;
         if (end == PROVEN_UNBOUNDED && proves_unbounded(main_.state.x)) return DUAL_INFEASIBLE;
         if (proves_unbounded(steepest_recession())) return DUAL_INFEASIBLE;
         return status;
@@ -129,10 +128,11 @@ class Whole {
                 }
             }
         }
-        double depth = 0;
-        for (Index r = 0; r < k.k.p; r++) depth -= k.b[r] * v.nu[r];
-        for (Index r = 0; r < k.rows; r++) depth -= k.d[r] * v.z[r];
-        for (Index j = 0; j < k.k.n; j++) depth -= k.target[j] * v.y[j];
+        Fall sides;
+        for (Index r = 0; r < k.k.p; r++) sides.take(k.b[r] * v.nu[r]);
+        for (Index r = 0; r < k.rows; r++) sides.take(k.d[r] * v.z[r]);
+        for (Index j = 0; j < k.k.n; j++) sides.take(k.target[j] * v.y[j]);
+        const double depth = sides.value();
         if (!(depth > 0 && depth < INF)) return false;
         for (Index r = 0; r < k.pp; r++) v.nu[r] /= depth;
         for (Index r = 0; r < k.rows; r++) v.z[r] /= depth;
@@ -147,16 +147,20 @@ class Whole {
     bool proves_unbounded(const double* x) {
         Scaled& k = main_.problem;
         State& v = direction_;
-        double fall = 0;
-        for (Index j = 0; j < k.k.n; j++) fall -= k.q[j] * x[j];
+        Fall slope;
+        for (Index j = 0; j < k.k.n; j++) slope.take(k.q[j] * x[j]);
+        const double fall = slope.value();
         if (!(fall > 0 && fall < INF)) return false;
         for (Index j = 0; j < k.np; j++) v.x[j] = x[j] / fall;
-        double error = 0;
+        double error = 0, length = 0;
         k.times_Q(v.x, pull_);
         k.times_A(v.x, eq_);
         k.times_C(v.x, Cx_);
+        for (Index j = 0; j < k.k.n; j++) error = vmax_nan(std::fabs(pull_[j]), error), length = vmax(std::fabs(v.x[j]), length);
+        // A strictly convex objective is bounded below, whatever a direction of tiny curvature suggests. One of none at all
+        // shows that the pivots took a singular Hessian for a definite one.
+        if (main_.strictly_convex && !(error <= FLAT * length)) return false;
         for (Index j = 0; j < k.k.n; j++) {
-            error = vmax_nan(std::fabs(pull_[j]), error);
             if (k.fixed[j] != 0) error = vmax_nan(std::fabs(v.x[j]), error);
         }
         for (Index r = 0; r < k.k.p; r++) error = vmax_nan(std::fabs(eq_[r]), error);
@@ -184,6 +188,27 @@ class Whole {
         k.any_fixed = from.any_fixed;
         k.cost = 1;
         k.soft = 1;
+        elastic_->solve(1e-12, 60, true, true);
+        return elastic_->state;
+    }
+
+    // The multipliers of least infeasibility are as large as the violations, and only as accurate as rounding errors of
+    // x allow. Once more, then, in variables around that x and in units of the largest violation: a combination of the
+    // rows that contradicts itself contradicts itself there too.
+    const State& seen_closer() {
+        Scaled& k = elastic_->problem;
+        const State& v = elastic_->state;
+        double most = 0;
+        for (Index r = 0; r < k.k.p; r++) most = vmax(std::fabs(v.nu[r]), most);
+        for (Index r = 0; r < k.k.m; r++) most = vmax(v.z[r], most);
+        if (!(most > NOISE)) return v;
+        k.times_A(v.x, eq_);
+        k.times_C(v.x, Cx_);
+        for (Index r = 0; r < k.k.p; r++) k.b[r] = (k.b[r] - eq_[r]) / most;
+        for (Index r = 0; r < k.rows; r++)
+            if (k.on[r] != 0) k.d[r] = (k.d[r] - Cx_[r]) / most;
+        for (Index j = 0; j < k.k.n; j++)
+            if (k.fixed[j] != 0) k.target[j] = 0;
         elastic_->solve(1e-12, 60, true, true);
         return elastic_->state;
     }

@@ -12,7 +12,16 @@ enum Ending { AT_LIMIT, STUCK, BROKEN, CONVERGED, PROVEN_INFEASIBLE, PROVEN_UNBO
 
 constexpr double WORTH_POLISHING = 1e-2;  // relative residual up to which an end point is tried for its active set
 constexpr double FARKAS = 1e-9;           // relative error of a certificate at which an iterate proves something
-constexpr double NEGATIVE = 1e-7;         // eigenvalue below minus this: the Hessian is indefinite
+constexpr double NOISE = 1e-12;           // share of its terms up to which a sum is taken for rounding error
+constexpr double NEGATIVE = 1e-7;         // eigenvalue below minus this: the Hessian is indefinite (diffopt.solution.INDEFINITE)
+
+// What a certificate is normalised by: minus a sum of products; 0 where that is a rise, or rounding error, which proves
+// nothing.
+struct Fall {
+    double sum = 0, size = 0;
+    void take(double product) { sum -= product, size += std::fabs(product); }
+    double value() const { return sum > NOISE * size ? sum : 0.0; }
+};
 
 class General {
   public:
@@ -57,16 +66,24 @@ class General {
         }
         start();
         problem.copy(state, now_);
-        may_hold_ = !diagonal && problem.soft == 0;
+        const bool again = problem.soft == 0;
+        may_hold_ = again && !diagonal;
+        last_ = !again;
         Ending end = iterate(tolerance, max_iterations, with_polish, diagonal);
-        if (may_hold_ && (end == STUCK || end == BROKEN) && iterations < max_iterations) {
-            // Once more from the start, holding every row throughout.
+        auto once_more = [&](double weight) {
+            if (!again || (end != STUCK && end != BROKEN) || iterations >= max_iterations) return;
+            start(weight);
+            const Ending found = iterate(tolerance, max_iterations, with_polish, diagonal);
+            if (found != BROKEN) end = found;
+        };
+        if (!diagonal) {
+            // From the start, holding every row throughout.
             step_kind_ = HELD;
             may_hold_ = false;
-            start();
-            const Ending again = iterate(tolerance, max_iterations, with_polish, diagonal);
-            if (again != BROKEN) end = again;
+            once_more(1);
         }
+        last_ = true;
+        once_more(LIGHT);
         if (end != CONVERGED && end != PROVEN_INFEASIBLE && with_polish && errors.worst <= WORTH_POLISHING) {
             // An active set can be right long before the point is; whether it is, the polish finds out.
             problem.copy(now_, state);
@@ -191,10 +208,10 @@ class General {
         }
     }
 
-    // The minimiser of the objective plus 1/2 |Cx - d|^2 / far, and s and z from its distances, into now_.
-    void start() {
+    // The minimiser of the objective plus weight/2 |Cx - d|^2 / far, and s and z from its distances, into now_.
+    void start(double weight = 1) {
         const Scaled& k = problem;
-        for (Index r = 0; r < k.rows; r++) far_[r] = far_weight(k.d[r]);
+        for (Index r = 0; r < k.rows; r++) far_[r] = far_weight(k.d[r]) / weight;
         std::fill_n(now_.x, k.np, 0.0), std::fill_n(now_.nu, k.pp, 0.0), std::fill_n(now_.y, k.np, 0.0);
         for (Index r = 0; r < k.rows; r++) {
             now_.s[r] = far_[r], now_.z[r] = 1, ratio_[r] = far_[r], tau_[r] = far_[r];
@@ -250,22 +267,23 @@ class General {
     // Whether now_ proves that there is no solution; uses what residuals_now computed.
     Ending proof(bool bounded) const {
         const Scaled& k = problem;
-        double depth = 0, pull = 0, fall = 0, error = 0;
-        for (Index r = 0; r < k.k.p; r++) depth -= k.b[r] * now_.nu[r], error = vmax_nan(std::fabs(Ax_[r]), error);
+        Fall depth, fall;
+        double pull = 0, error = 0;
+        for (Index r = 0; r < k.k.p; r++) depth.take(k.b[r] * now_.nu[r]), error = vmax_nan(std::fabs(Ax_[r]), error);
         for (Index r = 0; r < k.rows; r++) {
             if (!there(r)) continue;
-            depth -= k.d[r] * now_.z[r];
+            depth.take(k.d[r] * now_.z[r]);
             error = vmax_nan(Cx_[r], error);
         }
         for (Index j = 0; j < k.k.n; j++) {
-            depth -= k.target[j] * now_.y[j];
+            depth.take(k.target[j] * now_.y[j]);
             pull = vmax_nan(std::fabs(r_dual_[j] - Qx_[j] - k.q[j]), pull);
-            fall -= k.q[j] * now_.x[j];
+            fall.take(k.q[j] * now_.x[j]);
             error = vmax_nan(std::fabs(Qx_[j]), error);
             if (k.fixed[j] != 0) error = vmax_nan(std::fabs(now_.x[j]), error);
         }
-        if (depth > 0 && pull <= FARKAS * depth) return PROVEN_INFEASIBLE;
-        if (!bounded && fall > 0 && error <= FARKAS * fall) return PROVEN_UNBOUNDED;
+        if (depth.value() > 0 && pull <= FARKAS * depth.value()) return PROVEN_INFEASIBLE;
+        if (!bounded && fall.value() > 0 && error <= FARKAS * fall.value()) return PROVEN_UNBOUNDED;
         return STUCK;
     }
 
@@ -309,7 +327,7 @@ class General {
             }
             // Weights may have grown so large that flat directions of the Hessian are lost: holding rows does not lose them.
             if (may_hold_ && step_kind_ == WEIGHED && waited >= 3 && residual <= NEAR) step_kind_ = HELD, waited = 0;
-            if (stalled >= 3 || (may_hold_ && waited >= PATIENCE)) return STUCK;
+            if (stalled >= 3 || (!last_ && waited >= PATIENCE)) return STUCK;
             if (iterations >= max_iterations) return AT_LIMIT;
 
             double sum = 0;
@@ -327,8 +345,9 @@ class General {
             for (Index r = 0; r < k.rows; r++)
                 sum += there(r) ? (now_.s[r] + affine * step_.s[r]) * (now_.z[r] + affine * step_.z[r]) : 0.0;
             const double share = std::min(1.0, std::max(0.0, mean(sum) / (mu > 0 ? mu : 1.0)));
-            // Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions.
-            const double sigma = mu < AHEAD * residual ? 1.0 : share * share * share;
+            // Complementarity must not run ahead of feasibility: the weights s/z would drown flat directions. (The gap is
+            // complementarity itself, in other units.)
+            const double sigma = mu < AHEAD * found.infeasible ? 1.0 : share * share * share;
             for (Index r = 0; r < k.rows; r++) tau_[r] = sigma * mu - step_.s[r] * step_.z[r];
             direction(now_, refinements);
             const double longest = reach();
@@ -355,8 +374,10 @@ class General {
         }
     }
     double count_ = 0;
-    static constexpr int PATIENCE = 12;      // steps without half the residual, after which another start is tried
+    static constexpr int PATIENCE = 12;      // steps without half the residual, after which something else is tried
     static constexpr double NEAR = 1e-3;     // residual from which on slow progress is blamed on the weights
+    static constexpr double LIGHT = 1e-8;    // weight of the rows at the last start, which almost forgets them
+    bool last_ = true;                       // no other start will be tried
     bool may_hold_ = false;                  // rows may be held in Newton steps, if they are not from the start
 
     // The longest step <= 1 that keeps s and z nonnegative.

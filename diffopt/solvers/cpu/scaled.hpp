@@ -26,10 +26,11 @@ struct Sizes {
     bool bounded() const { return lower || upper; }
 };
 
-// The residuals of a point: primal, dual and gap in original units, and the worst of all in both units.
+// The residuals of a point: primal, dual and gap in original units; the worst of all in both units, and that without the
+// gap.
 struct Errors {
     double original[3] = {INF, INF, INF};
-    double worst = INF;
+    double worst = INF, infeasible = INF;
     double worst_original() const { return vmax_nan(vmax_nan(original[0], original[1]), original[2]); }
 };
 
@@ -149,7 +150,7 @@ class Scaled {
     // Finds the scaling (as diffopt.linalg.scaling.equilibrate: Ruiz passes, then powers of two) and applies it.
     void equilibrate() {
         const Index n = k.n;
-        column_norms(norm_);
+        hessian_sizes(norm_);
         std::fill_n(dx, np, 1.0);
         std::fill_n(eq, pp, 1.0);
         std::fill_n(row, mp, 1.0);
@@ -283,7 +284,7 @@ class Scaled {
         const double total = std::fabs(curved + linear + equal + sided);
         const double size = vmax(largest(curved, linear), largest(equal, sided));
         Errors found;
-        found.worst = 0;
+        found.worst = found.infeasible = 0;
         for (int units = 0; units < 2; units++) {
             const double scale = units ? 1.0 : 1 / cost;
             const double all[3] = {off[units] / (1 + off_size[units]), slope[units] / (1 + slope_size[units]),
@@ -291,6 +292,7 @@ class Scaled {
             for (int e = 0; e < 3; e++) {
                 if (units == 0) found.original[e] = all[e];
                 found.worst = vmax_nan(all[e], found.worst);
+                if (e < 2) found.infeasible = vmax_nan(all[e], found.infeasible);
             }
         }
         return found;
@@ -313,6 +315,16 @@ class Scaled {
     bool curved_ = false;
 
     static double inverse_root(double norm) { return norm > 0 && norm < INF ? 1 / std::sqrt(norm) : 1.0; }
+
+    // The diagonal of the Hessian: no entry of a positive semidefinite matrix is larger than the geometric mean of its two
+    // diagonal ones, in any units, so balancing these balances all.
+    void hessian_sizes(double* out) const {
+        std::fill_n(out, np, 0.0);
+        for (Index j = 0; j < k.n; j++) {
+            out[j] = std::fabs(dense() ? Q[j * np + j] : diagonal[j]);
+            for (Index c = 0; !dense() && c < k.rank; c++) out[j] += F[c * np + j] * F[c * np + j];
+        }
+    }
 
     // The largest magnitude of each column of Q, or a bound of it.
     void column_norms(double* out) const {

@@ -145,8 +145,7 @@ DIFFOPT_STEP void equilibrate(
     double* by_row) {
     const int n = z.n, rows = z.p + z.m, passes = 6;
     for (int j = team.rank; j < n; j += team.size) {
-        norm[j] = 0;
-        for (int i = 0; i < n; ++i) norm[j] = fmax(norm[j], fabs(i >= j ? Q(i, j) : Q(j, i)));
+        norm[j] = fabs(Q(j, j));
         scale.d[j] = 1;
     }
     for (int e = team.rank; e < rows; e += team.size) scale.rows[e] = 1;

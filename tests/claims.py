@@ -1,0 +1,161 @@
+"""Whether what a solution claims is true: residuals and certificates anew, in NumPy and extended precision.
+
+Written from the definitions in `docs/conventions.md`; shares no code with the library.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from diffopt import Solution, Status
+from diffopt.linalg.matrices import SymmetricMatrix
+from hard_families import Drawn
+
+LIMITS = {Status.SOLVED: 1e-9, Status.ALMOST_SOLVED: 1e-6}
+"""The relative residual that each status promises in float64."""
+
+ROUNDING = 1e-14
+"""What the library's own float64 residuals may differ by from these."""
+
+PROOF = 1e-6
+"""Largest error of a certificate, normalised to depth 1 and relative to the sizes of what cancels in it. The library
+claims at 1e-8 in equilibrated units, which differ from these."""
+
+CLAIMS = (Status.SOLVED, Status.ALMOST_SOLVED, Status.PRIMAL_INFEASIBLE, Status.DUAL_INFEASIBLE, Status.NONFINITE_INPUT)
+
+
+class Verdict(NamedTuple):
+    """Per instance: ``right``: it ended as it must; ``wrong``: it claims what is not so (a solution whose residuals say
+    otherwise or where there is none, a proof that proves nothing, ...). What is neither was given up, which is no claim.
+
+    ``error``: of x where it is unique, else of the value, relative; or of the certificate; 0 where there is neither.
+    """
+
+    right: np.ndarray
+    wrong: np.ndarray
+    error: np.ndarray
+
+
+Arrays = dict[str, np.ndarray]
+
+
+def judge(drawn: Drawn, solution: Solution) -> Verdict:
+    """Compare a solution with the truth, and check its evidence."""
+    data, status = arrays(drawn.data), solution.status.numpy()
+    wrong = np.isin(status, CLAIMS) & (status != drawn.status)
+    if drawn.status == Status.SOLVED:
+        wrong &= status != Status.ALMOST_SOLVED
+    error = np.zeros(len(status), np.longdouble)
+    point = {name: extended(getattr(solution, name)) for name in ("x", "nu", "lam", "lam_lower", "lam_upper")}
+    worst = residual(data, point)
+    for claimed, limit in LIMITS.items():
+        wrong |= (status == claimed) & ~(worst <= limit + ROUNDING)
+    if drawn.x is not None:
+        found, known = point["x"], extended(drawn.x)
+        if not drawn.unique:
+            found, known = (objective(data, x)[:, None] for x in (found, known))
+        error = np.abs(found - known).max(-1) / (1 + np.abs(known).max(-1))
+    if solution.certificate is not None:
+        proof = {name: extended(value) for name, value in solution.certificate._asdict().items()}
+        for claimed, check in ((Status.PRIMAL_INFEASIBLE, farkas), (Status.DUAL_INFEASIBLE, ray)):
+            found = check(data, proof)
+            wrong |= (status == claimed) & ~(found <= PROOF)
+            error = np.where(status == claimed, found, error)
+    else:
+        wrong |= (status == Status.PRIMAL_INFEASIBLE) | (status == Status.DUAL_INFEASIBLE)
+    return Verdict((status == drawn.status) & ~wrong, wrong, error.astype(float))
+
+
+def extended(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy().astype(np.longdouble)
+
+
+def arrays(data: dict[str, Any]) -> Arrays:
+    """Return the data in extended precision, everything present: G holds the finite bounds' rows too."""
+    q = extended(data["q"])
+    count, n = q.shape
+    Q = data["Q"]
+    if isinstance(Q, SymmetricMatrix):
+        Q = Q.dense()
+    Q = np.zeros((count, n, n), np.longdouble) if Q is None else extended(Q)
+    found = {"Q": (Q + Q.swapaxes(-1, -2)) / 2, "q": q}
+    for matrix, side in (("A", "b"), ("G", "h")):
+        absent = data.get(matrix) is None
+        found[matrix] = np.zeros((count, 0, n), np.longdouble) if absent else extended(data[matrix])
+        found[side] = np.zeros((count, 0), np.longdouble) if absent else extended(data[side])
+    for name, absent in (("lower", -np.inf), ("upper", np.inf)):
+        given = data.get(name)
+        found[name] = np.full((count, n), absent, np.longdouble) if given is None else extended(given)
+    return found
+
+
+def times(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    return (matrix * vector[:, None, :]).sum(-1)
+
+
+def pulled(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    return (matrix * vector[:, :, None]).sum(-2)
+
+
+def largest(*vectors: np.ndarray) -> np.ndarray:
+    return np.stack([np.abs(v).max(-1, initial=0) for v in vectors]).max(0)
+
+
+def objective(data: Arrays, x: np.ndarray) -> np.ndarray:
+    return (x * (times(data["Q"], x) / 2 + data["q"])).sum(-1)
+
+
+def there(values: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """Return values where the side exists, else zero."""
+    return np.where(np.isfinite(side), values, 0)
+
+
+def residual(data: Arrays, point: Arrays) -> np.ndarray:
+    """Return the largest of the three relative residuals of `docs/conventions.md`."""
+    x, b, h, lower, upper = point["x"], data["b"], data["h"], data["lower"], data["upper"]
+    lam, low, high = there(point["lam"], h), there(point["lam_lower"], lower), there(point["lam_upper"], upper)
+    with np.errstate(invalid="ignore", over="ignore"):
+        Qx, Ax, Gx = times(data["Q"], x), times(data["A"], x), there(times(data["G"], x), h)
+        pull, push = pulled(data["A"], point["nu"]), pulled(data["G"], lam) - low + high
+        sides = [there(v, v) for v in (h, lower, upper)]
+        off = [Ax - b, np.maximum(Gx - sides[0], 0)]
+        off += [np.maximum(there(v - x, v), 0) for v in (lower,)] + [np.maximum(there(x - v, v), 0) for v in (upper,)]
+        sizes = [Ax, b, Gx, *sides, there(x, lower), there(x, upper)]
+        primal = largest(*off) / (1 + largest(*sizes))
+        dual = largest(Qx + data["q"] + pull + push) / (1 + largest(Qx, data["q"], pull, push))
+        held = (sides[0] * lam).sum(-1) - (sides[1] * low).sum(-1) + (sides[2] * high).sum(-1)
+        terms = np.stack([(x * Qx).sum(-1), (data["q"] * x).sum(-1), (b * point["nu"]).sum(-1), held])
+        gap = np.abs(terms.sum(0)) / (1 + np.abs(terms).max(0))
+        negative = -np.stack([v.min(-1, initial=0) for v in (lam, low, high)]).min(0)
+    return np.stack([primal, dual, gap, negative]).max(0)
+
+
+def farkas(data: Arrays, proof: Arrays) -> np.ndarray:
+    """Return by how much a Farkas certificate misses: signs, A'nu + G'lam - lam_lower + lam_upper = 0 and depth -1."""
+    h, lower, upper = data["h"], data["lower"], data["upper"]
+    nu, lam, low, high = proof["nu"], proof["lam"], proof["lam_lower"], proof["lam_upper"]
+    with np.errstate(invalid="ignore", over="ignore"):
+        sums = pulled(data["A"], nu) + pulled(data["G"], lam) - low + high
+        size = pulled(np.abs(data["A"]), np.abs(nu)) + pulled(np.abs(data["G"]), lam) + low + high
+        depth = (data["b"] * nu).sum(-1) + (there(h, h) * lam).sum(-1)
+        depth += (there(upper, upper) * high).sum(-1) - (there(lower, lower) * low).sum(-1)
+        signs = np.stack([v.min(-1, initial=0) for v in (lam, low, high)]).min(0)
+        absent = largest(*(np.where(np.isfinite(s), 0, v) for s, v in ((h, lam), (lower, low), (upper, high))))
+        left = np.abs(sums) / (1 + size)
+    return np.stack([left.max(-1), np.abs(depth + 1), -signs, absent]).max(0)
+
+
+def ray(data: Arrays, proof: Arrays) -> np.ndarray:
+    """Return by how much a direction misses: Qx = 0, Ax = 0, Gx <= 0 (and bounds), q'x = -1."""
+    x = proof["x"]
+    with np.errstate(invalid="ignore", over="ignore"):
+        size = 1 + np.abs(x).max(-1)
+        off = [np.abs(times(data["Q"], x)), np.abs(times(data["A"], x)), np.maximum(there(times(data["G"], x), data["h"]), 0)]
+        rows = [np.abs(data[name]).max(-1, initial=0) for name in ("Q", "A", "G")]
+        errors = [(v / np.maximum(r, 1e-300)).max(-1, initial=0) / size for v, r in zip(off, rows, strict=True)]
+        errors += [np.maximum(there(v, s), 0).max(-1) / size for v, s in ((-x, data["lower"]), (x, data["upper"]))]
+        errors += [np.abs((data["q"] * x).sum(-1) + 1)]
+    return np.stack(errors).max(0)

@@ -1,0 +1,137 @@
+"""Each family of hard problems on each executor: it ends as it must, and what it claims is true."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import claims
+import diffopt
+import pages
+from diffopt import Settings, Status
+from hard_families import FAMILIES, Drawn, Family, Sizes, random_sizes
+
+EXECUTORS = ["cpu", "torch", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+DRAWN = (Sizes(0, 5, 2, 6, "mixed", 8), Sizes(1, 4, 1, 3, "both", 4), random_sizes(6, 4))
+"""What is drawn of each family for the table; the third has more variables."""
+
+HEADS = ["family", "must end as", "cpu", "worst error", "torch", "worst error"]
+
+
+def on(device: str, drawn: Drawn) -> dict[str, Any]:
+    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in drawn.data.items()}
+
+
+def verdicts(family: Family, executor: Any) -> claims.Verdict:
+    """Solve what is drawn of a family; return the verdicts of all instances."""
+    found = []
+    for sizes in DRAWN:
+        drawn = family.draw(sizes)
+        data = on("cuda" if executor == "cuda" else "cpu", drawn)
+        leaf = data["q"] = data["q"].detach().clone().requires_grad_()
+        solution = diffopt.solve_qp(**data, settings=Settings(executor=executor), on_failure="return")
+        assert solution.executor.startswith(executor)
+        if drawn.status in (Status.PRIMAL_INFEASIBLE, Status.DUAL_INFEASIBLE, Status.NONFINITE_INPUT):
+            assert bool(solution.x.isnan().all())  # and so does not reach a loss unseen
+        (gradient,) = torch.autograd.grad(solution.x.nan_to_num(nan=0.0).square().sum() + solution.x.sum(), leaf)
+        assert torch.equal(gradient.isfinite().all(-1), solution.ok), (solution, gradient)
+        found.append(claims.judge(drawn, solution))
+    return claims.Verdict(*(np.concatenate(pieces) for pieces in zip(*found, strict=True)))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_ends_as_it_must(executor: str, family: Family) -> None:
+    verdict = verdicts(family, executor)
+    assert not verdict.wrong.any(), verdict
+    assert verdict.right.all(), verdict
+    assert verdict.error.max() <= family.error, verdict
+
+
+def test_there_are_many_families() -> None:
+    assert len(FAMILIES) >= 20 and len({family.name for family in FAMILIES}) == len(FAMILIES)
+
+
+# ---- what a wrong claim is -------------------------------------------------------------------------------------------
+
+
+def named(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def solve(drawn: Drawn) -> diffopt.Solution:
+    return diffopt.solve_qp(**drawn.data, on_failure="return")
+
+
+@pytest.mark.parametrize("output", ["x", "nu", "lam", "lam_lower", "lam_upper"])
+def test_a_solution_that_is_none_is_noticed(output: str) -> None:
+    drawn = named("equalities that repeat others").draw(DRAWN[0])
+    solution = solve(drawn)
+    assert not claims.judge(drawn, solution).wrong.any()
+    getattr(solution, output)[2, 0] += 1e-6
+    assert claims.judge(drawn, solution).wrong.nonzero()[0].tolist() == [2]
+
+
+@pytest.mark.parametrize(("name", "pieces"), [
+    ("infeasible by rows against bounds", ("nu", "lam", "lam_lower", "lam_upper")), ("unbounded, quadratic", ("x",)),
+])  # fmt: skip
+def test_a_proof_that_is_none_is_noticed(name: str, pieces: tuple[str, ...]) -> None:
+    drawn = named(name).draw(DRAWN[0])
+    for piece in pieces:
+        solution = solve(drawn)
+        assert solution.certificate is not None and not claims.judge(drawn, solution).wrong.any()
+        getattr(solution.certificate, piece)[1, 0] -= 1e-3
+        assert claims.judge(drawn, solution).wrong.nonzero()[0].tolist() == [1], piece
+
+
+@pytest.mark.parametrize("status", claims.CLAIMS)
+def test_a_claim_against_the_truth_is_noticed(status: Status) -> None:
+    for name in ("Q indefinite", "infeasible by rows against bounds", "no constraints", "NaN in the data"):
+        drawn = named(name).draw(DRAWN[0])
+        solution = solve(drawn)
+        solution.status[3] = status
+        expected = [] if status == drawn.status else [3]
+        assert claims.judge(drawn, solution).wrong.nonzero()[0].tolist() == expected, name
+
+
+def test_giving_up_is_neither_right_nor_wrong() -> None:
+    drawn = named("no constraints").draw(DRAWN[0])
+    solution = solve(drawn)
+    solution.status[3] = Status.MAX_ITERATIONS
+    verdict = claims.judge(drawn, solution)
+    assert not verdict.wrong.any() and verdict.right.nonzero()[0].tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def rendered() -> str:
+    """Return the table: for each family how it must end, and for each executor how it ends, with the worst error."""
+    lines = []
+    for family in FAMILIES:
+        expected = family.draw(DRAWN[0]).status
+        cells = [family.name, expected.name]
+        for executor in ("cpu", "torch"):
+            verdict = verdicts(family, executor)
+            count = len(verdict.right)
+            outcome = "so" if verdict.right.all() else f"{verdict.right.sum()} of {count}"
+            cells += [outcome, error_cell(expected, float(verdict.error.max()))]
+        lines.append(cells)
+    return pages.table(HEADS, lines)
+
+
+def error_cell(expected: Status, error: float) -> str:
+    return f"{error:.0e}" if expected not in (Status.NUMERICAL_ERROR, Status.NONFINITE_INPUT) else ""
+
+
+def test_the_page_shows_what_the_tests_run() -> None:
+    rows = pages.rows(pages.section(pages.ACCURACY, "hard families"))
+    assert [row[0] for row in rows] == [family.name for family in FAMILIES], "`make hard` writes the table anew"
+    for row, family in zip(rows, FAMILIES, strict=True):
+        assert row[1] == family.draw(DRAWN[0]).status.name and row[2] == row[4] == "so", row
+        errors = [float(cell) for cell in (row[3], row[5]) if cell]
+        assert all(error <= family.error for error in errors), row
