@@ -133,7 +133,7 @@ struct Scaling {
 __device__ inline double inverse_root(double norm) { return norm > 0 && finite(norm) ? 1.0 / sqrt(norm) : 1.0; }
 
 __device__ inline double power_of_two(double v, int step) {
-    return v > 0 && finite(v) ? exp2(rint(log2(v) / step) * step) : 1.0;
+    return v > 0 && finite(v) ? ldexp(1.0, int(rint(log2(v) / step)) * step) : 1.0;
 }
 
 // Find the scaling by the passes of diffopt/linalg/scaling.py, so that active sets and statuses agree with it.
