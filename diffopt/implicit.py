@@ -280,7 +280,7 @@ def value_gradients(
 
 class _Task(NamedTuple):
     """What a reverse pass needs beside the tensors that autograd saves: the form; the solution, without its point; the
-    places of those tensors of the form that are inputs; the instances that another solver solved; and the kink rule."""
+    places of those of its tensors that are inputs; the instances that another solver solved; how kinks are read."""
 
     form: Form
     found: kkt.Solved

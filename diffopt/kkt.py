@@ -220,8 +220,8 @@ class Solved:
     """A solved batch: detached values of the fields of `diffopt.Solution`. Backends make it, ``implicit``
     attaches it. ``residuals`` ``(3, *batch)``: primal, dual, gap. Where the solver has them: ``system``, the factored
     KKT system of the final active set; ``pullback``; and ``counts`` ``(3, *batch)`` as in `Report`, of which
-    ``iterations`` is the first. ``others``: instances that the solver had left to another one; their values are in
-    place, their counts and derivatives are not.
+    ``iterations`` is the first. ``others``: instances that the solver had left to another one; their values are
+    in place, their counts and derivatives are not.
     ``solved``: whether every instance is SOLVED, where that is known without looking. ``packed``: point, status,
     residuals and counts as an executor left them, from which those are taken when they are asked for. ``sync``: whether
     the host may wait for values (`Settings.sync`)."""

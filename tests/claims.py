@@ -153,7 +153,11 @@ def ray(data: Arrays, proof: Arrays) -> np.ndarray:
     x = proof["x"]
     with np.errstate(invalid="ignore", over="ignore"):
         size = 1 + np.abs(x).max(-1)
-        off = [np.abs(times(data["Q"], x)), np.abs(times(data["A"], x)), np.maximum(there(times(data["G"], x), data["h"]), 0)]
+        off = [
+            np.abs(times(data["Q"], x)),
+            np.abs(times(data["A"], x)),
+            np.maximum(there(times(data["G"], x), data["h"]), 0),
+        ]
         rows = [np.abs(data[name]).max(-1, initial=0) for name in ("Q", "A", "G")]
         errors = [(v / np.maximum(r, 1e-300)).max(-1, initial=0) / size for v, r in zip(off, rows, strict=True)]
         errors += [np.maximum(there(v, s), 0).max(-1) / size for v, s in ((-x, data["lower"]), (x, data["upper"]))]

@@ -315,9 +315,7 @@ def vertex_degenerate(s: Sizes) -> Drawn:
     problem = known.linear_program(s.seed, s.n, min(s.p, s.n), m, bounds=s.bounds, batch=(s.count,))
     assert problem.G is not None and problem.h is not None
     more = normal(s, 3, s.n)
-    return solved(
-        problem, G=torch.cat([problem.G, more], -2), h=torch.cat([problem.h, times(more, problem.x)], -1)
-    )
+    return solved(problem, G=torch.cat([problem.G, more], -2), h=torch.cat([problem.h, times(more, problem.x)], -1))
 
 
 def vertex_of_free_columns(s: Sizes) -> Drawn:
@@ -355,7 +353,13 @@ def solved_with_more(s: Sizes, cost: float) -> Drawn:
     data = problem.arguments()
     assert problem.Q is not None
     data["Q"] = torch.nn.functional.pad(problem.Q, (0, 1, 0, 1))
-    for name, value, dims in (("q", cost, 1), ("A", 0.0, 1), ("G", 0.0, 1), ("lower", -torch.inf, 1), ("upper", torch.inf, 1)):
+    for name, value, dims in (
+        ("q", cost, 1),
+        ("A", 0.0, 1),
+        ("G", 0.0, 1),
+        ("lower", -torch.inf, 1),
+        ("upper", torch.inf, 1),
+    ):
         if data[name] is not None:
             data[name] = torch.nn.functional.pad(data[name], (0, dims), value=value)
     x = torch.nn.functional.pad(problem.x, (0, 1))

@@ -70,9 +70,8 @@ class PdipmBackend(Backend):
         count = shape.numel()
         packed = answer.packed
         flat = [v.view(count, v.shape[-1]) for v in packed.vectors()]
-        residuals, counts = packed.residuals.view(3, count), packed.counts.view(3, count)
-        status, size = packed.status.view(count), _part(form)
-        left = status == Status.UNSOLVED
+        residuals, counts, (status,) = (v.view(-1, count) for v in (packed.residuals, packed.counts, packed.status))
+        left, size = status == Status.UNSOLVED, _part(form)
         others = []
         for begin in range(0, count, size):
             end = min(begin + size, count)

@@ -159,8 +159,7 @@ class CpuExecutor(Executor):
             found = self._checked(self._solve(call, begin, end))
             unsolved += found & _COUNT
             ways |= found >> 40
-        look = unsolved > 0 and settings.sync
-        certificate = self._certificates(call, packed) if look else None
+        certificate = self._certificates(call, packed) if unsolved > 0 and settings.sync else None
         record = None if saved is None else Saved(saved, kept, layout, call, packed.report)
         return Answer(packed, unsolved, certificate, record, _NAMES[ways])
 

@@ -311,11 +311,11 @@ class CudaExecutor(Executor):
         workspace = kept.new_empty(teams * sizes.workspace()) if large else None
         if count:
             pairs = [v for name in ("Q", "q", "A", "b", "G", "h", "lower", "upper") for v in fields[name].pair()]
-            claim = settings.tolerance_for(q.dtype)
             arguments: list[int | float] = [*pairs, sizes.n, sizes.p, sizes.m, count, kept.data_ptr(), lists.data_ptr()]
             arguments += [int(keep), _pointer(workspace), x, s, lam, nu, lower, upper, status, counts, residuals]
-            arguments += [unsolved.data_ptr(), settings.max_iterations]
-            arguments += [float(tolerance), float(claim), float(weak_tolerance)]
+            claim = settings.tolerance_for(q.dtype)
+            arguments += [unsolved.data_ptr(), settings.max_iterations, float(tolerance), float(claim)]
+            arguments += [float(weak_tolerance)]
             self._launch("solve", q, grid, shape, arguments)
         saved = Saved(kept, lists, sizes, fields, others=settings.sync) if keep else None
         left = int(unsolved.item()) if settings.sync else None

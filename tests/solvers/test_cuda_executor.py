@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -66,10 +67,13 @@ def solve(executor: CudaExecutor, problem: Problem, batch: tuple[int, ...] | Non
     return executor.solve(data, chosen, tolerance, chosen.weak_tolerance_for(dtype), keep=True)
 
 
-def weights(answer: Answer, seed: int = 5) -> tuple[Tensor, ...]:
+def weights(answer: Answer) -> tuple[Tensor, ...]:
+    return drawn_like(answer.packed.vectors())
+
+
+def drawn_like(vectors: Sequence[Tensor], seed: int = 5) -> tuple[Tensor, ...]:
     """Draw the coefficients of a linear function of all outputs; none for an infinite slack."""
     g = torch.Generator().manual_seed(seed)
-    vectors = answer.packed.vectors()
     drawn = (torch.randn(v.shape, dtype=f64, generator=g) for v in vectors)
     return tuple(
         torch.where(v.isinf().cpu(), 0.0, w).to(v.dtype).to(v.device) for v, w in zip(vectors, drawn, strict=True)
@@ -326,9 +330,11 @@ def whole(problem: Problem, executor: str, weight: Tensor | None = None) -> tupl
     leaves: Problem = {name: v.clone().requires_grad_() for name, v in problem.items()}
     solution = diffopt.solve_qp(**leaves, settings=Settings(executor=executor), on_failure="return")  # type: ignore[arg-type]
     ok = solution.ok if weight is None else solution.ok & weight
-    g = torch.Generator().manual_seed(5)
-    outputs = [getattr(solution, name) for name in OUTPUTS]
-    total = sum((v[ok] * torch.randn(v.shape, dtype=f64, generator=g)[ok]).sum() for v in outputs)
+    total = sum(
+        (v[ok] * w[ok]).nan_to_num(posinf=0.0).sum()
+        for name, w in zip(OUTPUTS, drawn_like([getattr(solution, name).detach() for name in OUTPUTS]), strict=True)
+        for v in [getattr(solution, name)]
+    )
     return solution, dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))  # type: ignore[arg-type]
 
 
@@ -360,18 +366,22 @@ def test_what_is_left_goes_to_torch(
     assert torch.equal(mine.weakly_active, theirs.weakly_active) and torch.equal(mine.dependent, theirs.dependent)
     proof = mine.certificate
     assert proof is not None and theirs.certificate is not None
-    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(proof, theirs.certificate, strict=True))
-    pull = (problem["A"].mT @ proof.nu.unsqueeze(-1) + problem["G"].mT @ proof.lam.unsqueeze(-1)).squeeze(-1)
+    assert torch.equal(proof.lam.isnan(), theirs.certificate.lam.isnan())
+    # (Proofs are not unique, but each must be one.)
+    sides = {"b": proof.nu, "h": proof.lam, "lower": -proof.lam_lower, "upper": proof.lam_upper}
+    value = sum((problem[name] * v).sum(-1) for name, v in sides.items())
+    pull = (proof.nu.unsqueeze(-2) @ problem["A"] + proof.lam.unsqueeze(-2) @ problem["G"]).squeeze(-2)
     proven = mine.status == Status.PRIMAL_INFEASIBLE
-    assert (pull - proof.lam_lower + proof.lam_upper)[proven].abs().max() <= 1e-7 and (proof.lam[proven] >= 0).all()
+    assert torch.allclose(value[proven], torch.tensor(-1.0, dtype=f64))
+    assert (pull - proof.lam_lower + proof.lam_upper)[proven].abs().max() <= 1e-7
     for name in OUTPUTS:
         assert torch.allclose(getattr(mine, name), getattr(theirs, name), atol=1e-8, equal_nan=True), name
     assert all(relative(gradients[name], expected[name]) <= GRADIENT_REFERENCE for name in problem)
-    own = solve(serial, problem, batch=(2, 4)).packed
-    solved = own.status == Status.SOLVED
-    assert 0 < solved.sum() < 8 and torch.equal(own.x[solved], mine.x[solved])
-    assert torch.equal(own.residuals[:, solved], mine.report.residuals[:, solved])
-    assert torch.equal(own.counts[:, solved], mine.report.counts[:, solved])
+    own = solve(serial, problem, batch=(2, 4))
+    solved = own.packed.status == Status.SOLVED
+    assert 0 < solved.sum() < 8 and torch.equal(own.packed.x[solved], mine.x[solved])
+    assert torch.equal(own.packed.residuals[:, solved], mine.report.residuals[:, solved])
+    assert torch.equal(own.packed.counts[:, solved], mine.report.counts[:, solved])
     # A failed instance that is asked for its gradient has none.
     leaves = {name: v.clone().requires_grad_() for name, v in problem.items()}
     solution = diffopt.solve_qp(**leaves, settings=Settings(executor="cuda"), on_failure="return")
