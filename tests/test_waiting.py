@@ -226,4 +226,4 @@ def test_captured_in_a_graph(n: int, dtype: torch.dtype) -> None:  # pragma: cud
         got = [v.clone() for v in (x, status, *gradients)]
         expected_x, expected_status, expected = step()
         for mine, theirs in zip(got, (expected_x, expected_status, *expected), strict=True):
-            assert torch.equal(mine, theirs)
+            assert torch.equal(mine.nan_to_num(nan=-7), theirs.nan_to_num(nan=-7))

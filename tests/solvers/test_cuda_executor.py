@@ -19,6 +19,7 @@ from diffopt.problems.forms import QPForm
 from diffopt.solvers import cuda_executor, pdipm
 from diffopt.solvers.cuda_executor import CudaExecutor, CudaLauncher, Sizes
 from diffopt.solvers.executor import Answer, Data
+from laws.test_executors_agree import Draw
 from measures import relative
 from solvers.cuda.shim import ShimLauncher, library
 from tolerances import GRADIENT, GRADIENT_REFERENCE, RESIDUAL, SOLUTION, X_REFERENCE
@@ -162,6 +163,26 @@ def test_many_problems_none_left(serial: CudaExecutor) -> None:
         relative(answer.packed.x, expected.x) <= X_REFERENCE
         and relative(answer.packed.lam, expected.lam) <= X_REFERENCE
     )
+
+
+@pytest.mark.parametrize(("large", "batches"), [(False, 50), (True, 10)])
+def test_random_programs(serial: CudaExecutor, large: bool, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all outputs in the loss, against the executor of the CPU."""
+    monkeypatch.setattr(cuda_executor, "_executor", serial)
+    monkeypatch.setattr(cuda_executor, "MATRICES_SHARED", not large)
+    for seed in range(batches):
+        drawn = Draw(seed).batch(8, large, seed % 3 == 0, f64, 5.0)
+        found = []
+        for executor in ("cuda", "cpu"):
+            leaves = {name: v.clone().requires_grad_() for name, v in drawn.data.items()}
+            solution = diffopt.solve_qp(**leaves, settings=Settings(executor=executor))  # type: ignore[arg-type]
+            total = sum((getattr(solution, name) * w).sum() for name, w in drawn.weights.items())
+            found.append((solution, torch.autograd.grad(total, list(leaves.values()))))  # type: ignore[arg-type]
+        (mine, gradients), (theirs, expected) = found
+        assert mine.executor == ("cuda:large" if large else "cuda:warp") and torch.equal(mine.status, theirs.status)
+        assert relative(mine.x, theirs.x) <= X_REFERENCE, drawn.recipe
+        for gradient, wanted in zip(gradients, expected, strict=True):
+            assert relative(gradient, wanted) <= GRADIENT_REFERENCE, drawn.recipe
 
 
 def test_without_constraints(serial: CudaExecutor, variant: str) -> None:

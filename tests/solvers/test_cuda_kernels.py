@@ -19,8 +19,9 @@ SPILLS = {"block": 0, "warp": 16, "large": 32}
 """Bytes that a function may spill. None of the loops does: those that do run once a problem, or in the large variant
 (whose addresses take two registers each) a few times an iteration."""
 
+ALWAYS = {("diffopt_solve_block", "double"), ("diffopt_pullback_large", "double")}
 CASES = [
-    pytest.param(kernel, real, marks=[] if (kernel, real) == ("diffopt_solve_large", "double") else pytest.mark.slow)
+    pytest.param(kernel, real, marks=[] if (kernel, real) in ALWAYS else pytest.mark.slow)
     for kernel in KERNELS
     for real in ("double", "float")
 ]

@@ -133,7 +133,7 @@ struct Scaling {
 __device__ inline double inverse_root(double norm) { return norm > 0 && finite(norm) ? 1.0 / sqrt(norm) : 1.0; }
 
 __device__ inline double power_of_two(double v, int step) {
-    return v > 0 && finite(v) ? exp2(rint(log2(v) / step) * step) : 1.0;
+    return v > 0 && finite(v) ? ldexp(1.0, int(rint(log2(v) / step)) * step) : 1.0;
 }
 
 // Find the scaling by the passes of diffopt/linalg/scaling.py, so that active sets and statuses agree with it.
@@ -145,8 +145,7 @@ DIFFOPT_STEP void equilibrate(
     double* by_row) {
     const int n = z.n, rows = z.p + z.m, passes = 6;
     for (int j = team.rank; j < n; j += team.size) {
-        norm[j] = 0;
-        for (int i = 0; i < n; ++i) norm[j] = fmax(norm[j], fabs(i >= j ? Q(i, j) : Q(j, i)));
+        norm[j] = fabs(Q(j, j));
         scale.d[j] = 1;
     }
     for (int e = team.rank; e < rows; e += team.size) scale.rows[e] = 1;
