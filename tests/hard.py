@@ -86,7 +86,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100_000, help="instances on the executor cpu (default 100000)")
     parser.add_argument("--torch", type=int, default=5_000, help="instances on the executor torch (default 5000)")
     parser.add_argument("--family", help="only families whose name contains this")
-    parser.add_argument("--seed", type=int, help="first seed of the family, as listed; with --count 1: that batch alone")
+    parser.add_argument(
+        "--seed", type=int, help="first seed of the family, as listed; with --count 1: that batch alone"
+    )
     parser.add_argument("--write", action="store_true", help="write the tables of docs/accuracy.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore", diffopt.InaccurateSolutionWarning)

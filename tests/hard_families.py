@@ -315,9 +315,7 @@ def vertex_degenerate(s: Sizes) -> Drawn:
     problem = known.linear_program(s.seed, s.n, min(s.p, s.n), m, bounds=s.bounds, batch=(s.count,))
     assert problem.G is not None and problem.h is not None
     more = normal(s, 3, s.n)
-    return solved(
-        problem, G=torch.cat([problem.G, more], -2), h=torch.cat([problem.h, times(more, problem.x)], -1)
-    )
+    return solved(problem, G=torch.cat([problem.G, more], -2), h=torch.cat([problem.h, times(more, problem.x)], -1))
 
 
 def vertex_of_free_columns(s: Sizes) -> Drawn:
@@ -355,7 +353,13 @@ def solved_with_more(s: Sizes, cost: float) -> Drawn:
     data = problem.arguments()
     assert problem.Q is not None
     data["Q"] = torch.nn.functional.pad(problem.Q, (0, 1, 0, 1))
-    for name, value, dims in (("q", cost, 1), ("A", 0.0, 1), ("G", 0.0, 1), ("lower", -torch.inf, 1), ("upper", torch.inf, 1)):
+    for name, value, dims in (
+        ("q", cost, 1),
+        ("A", 0.0, 1),
+        ("G", 0.0, 1),
+        ("lower", -torch.inf, 1),
+        ("upper", torch.inf, 1),
+    ):
         if data[name] is not None:
             data[name] = torch.nn.functional.pad(data[name], (0, dims), value=value)
     x = torch.nn.functional.pad(problem.x, (0, 1))
@@ -508,13 +512,13 @@ FAMILIES = [
     Family("rows of zeros", zero_rows),
     Family("rows of zeros that contradict their sides", zero_row_contradicts),
     Family("rows that repeat others", rows_repeated),
-    Family("rows 1e-6 from parallel", rows_nearly_parallel, 1e-6),
+    Family("rows 1e-6 from parallel", rows_nearly_parallel, 1e-7),
     Family("pairs of rows without interior", pairs_without_interior),
-    Family("pairs of rows 1e-6 apart", pairs_nearly_without_interior),
+    Family("pairs of rows 1e-6 apart", pairs_nearly_without_interior, 1e-7),
     Family("no interior because of bounds", no_interior_by_bounds),
     Family("six times as many rows as variables", many_rows),
     Family("weakly active constraints", weakly_active),
-    Family("slacks and multipliers down to 1e-9", nearly_weakly_active),
+    Family("slacks and multipliers down to 1e-9", nearly_weakly_active, 1e-4),
     Family("sides of 1e20 and more", far_sides),
     Family("no constraints", no_constraints),
     Family("one variable", one_variable),
@@ -525,7 +529,7 @@ FAMILIES = [
     Family("Q nonsymmetric", hessian_nonsymmetric),
     Family("Q less 1e-13 of its size", hessian_within_rounding_of_convex),
     Family("Q indefinite", hessian_indefinite),
-    Family("Q with eigenvalues down to 1e-10", hessian_ill_conditioned, 1e-6),
+    Family("Q with eigenvalues down to 1e-10", hessian_ill_conditioned, 1.0),
     Family("Q diagonal, 1e-4 to 1e4", hessian_diagonal),
     Family("linear, one solution", vertex),
     Family("linear, a degenerate vertex", vertex_degenerate),
