@@ -63,7 +63,7 @@ def _table(case: dict[str, Any]) -> Iterable[str]:
         ratio = f"{row['ratio']:.3g}" if "ratio" in row else ""
         part = "" if row["programs"] == case["case"]["batch"] else f"({row['programs']} programs) "
         columns = (
-            row["peer"], row["mode"], part + _seconds(row["seconds"]), row["repeats"], spread, ratio,
+            row["peer"], row["mode"], part + in_units(row["seconds"]), row["repeats"], spread, ratio,
             f"{row['residual']:.0e}", _gradient_error(row),
             f"{row['gradient_error_median']:.0e}" if "gradient_errors" in row else "",
         )  # fmt: skip
@@ -114,7 +114,7 @@ def summary(case: Case, workers: Iterable[str], rows: list[dict[str, Any]], seco
                 continue
             error = f", gradient error {_gradient_error(row)}" if "gradient_errors" in row else ""
             residual = f", residual {row['residual']:.0e}" if row["mode"] == "forward" else ""
-            parts.append(f"{row['mode']} {_seconds(row['seconds'])} (±{row['spread']:.0%}){residual}{error}")
+            parts.append(f"{row['mode']} {in_units(row['seconds'])} (±{row['spread']:.0%}){residual}{error}")
         lines.append(f"  {peer:16} " + "; ".join(parts))
     return "\n".join(lines)
 
@@ -171,7 +171,8 @@ def _label(case: dict[str, Any]) -> str:
     return f"B={case['batch']}\nn={case['n']}\nm={case['m']}{equalities}"
 
 
-def _seconds(seconds: float) -> str:
+def in_units(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"

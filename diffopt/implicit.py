@@ -12,7 +12,7 @@ order 2^k - 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffopt import kkt, transforms
+from diffopt import kkt, transforms, waiting
 from diffopt.errors import ChangedDataError
 from diffopt.linalg.central import central_ratio
 from diffopt.linalg.matrices import Dense, SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
 from diffopt.linalg.scaling import Scaling
+from diffopt.packed import Arrangement, Packed
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import Certificate, Report, Solution, Status
 
@@ -73,13 +74,14 @@ def prepare(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
     """
     failed = _failed(found.status)
     safe = _safe(found.point, failed)
-    saddle, scaling = (None, found.system.scaling) if found.system else kkt.assemble(form, safe)
-    active = kkt.activity(form, safe, scaling, weak_tolerance)
-    weakly_active = torch.where(failed, 0, active.weak_count())
-    system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
     iterations = found.iterations if found.counts is None else found.counts[0]
     assert iterations is not None
-    counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
+    with waiting.allow(found.sync):
+        saddle, scaling = (None, found.system.scaling) if found.system else kkt.assemble(form, safe)
+        active = kkt.activity(form, safe, scaling, weak_tolerance)
+        weakly_active = torch.where(failed, 0, active.weak_count())
+        system = _KKT(form.dtype, found.system, _all_rows(active, failed), kink_rule, failed, saddle, scaling)
+        counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
     ratios = (ratio.to(form.dtype) for ratio in (system.ratio_row, system.ratio_bound))
     return Prepared(found, safe, system, counts, Rule(failed, system.active, system.equation_row, *ratios))
 
@@ -105,7 +107,7 @@ def unflatten(prepared: Prepared, tensors: tuple[Tensor, ...]) -> Prepared:
     point, safe = kkt.Point(*rest[:6]), kkt.Point(*rest[6:12])
     rule = Rule(rest[12], kkt.Activity(*rest[13:20]), *rest[20:23])
     certificate = Certificate(*rest[23:]) if rest[23:] else None
-    found = prepared.found._replace(point=point, status=status, residuals=residuals, certificate=certificate)
+    found = prepared.found.replace(point=point, status=status, residuals=residuals, certificate=certificate)
     return Prepared(found, safe, prepared.system, counts, rule)
 
 
@@ -136,11 +138,12 @@ def attach(form: Form, prepared: Prepared, transformed: bool = False) -> Solutio
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=_unless_changed(form, point, value),
+        _value=_unless_changed(form.tensors() | point._asdict(), value),
+        _hessian=form.Q if isinstance(form, QPForm) else None,
     )
 
 
-def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float) -> Solution:
+def attach_solved(form: Form, found: kkt.Solved, attached: bool, kink_rule: str, weak_tolerance: float) -> Solution:
     """Return the solution, attached to every tensor of ``form``; where no transform of ``torch.func`` is at work.
 
     With the solver's own pullback, if it has one and the kink rule allows: then a plain first-order reverse pass is
@@ -148,50 +151,55 @@ def attach_solved(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance:
 
     Args:
         form: the problem, attached to its parameters.
-        found: its solution.
+        found: its solution, given away.
+        attached: whether anything asks for derivatives.
         kink_rule, weak_tolerance: see `diffopt.Settings`.
 
     Differentiable in: see `attach`.
     """
-    attached = needs_graph(form)
-    counts = found.counts
+    packed = found.packed
     # (Which way is taken must not depend on values: one instance's kink would change its neighbours' last bits.)
-    if counts is None or (attached and (found.pullback is None or kink_rule != "inactive")):
+    if packed is None or (attached and (found.pullback is None or kink_rule != "inactive" or _forward_mode(form))):
         return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
-    if attached and _forward_mode(form):
-        return attach(form, prepare(form.detach(), found, kink_rule, weak_tolerance))
-    others = _others(form, found, counts, kink_rule, weak_tolerance)
-    values = found.point
-    point = values
+    others = _others(form, found, kink_rule, weak_tolerance)
+    tied = packed
     if attached:
-        point = _pulled_point(form, found, others, kink_rule, weak_tolerance)
+        tied = _pulled(form, found, packed, others, kink_rule, weak_tolerance)
+
+    def later(name: str) -> tuple[Any, bool]:
+        if name == "report":
+            return Report(packed.residuals, packed.counts), not transforms.active()
+        # With the graph that x has, wherever this is asked; what a transform may wrap does not outlive it.
+        with torch.inference_mode(False), torch.set_grad_enabled(attached):
+            return getattr(tied, name), not transforms.active()
 
     def value() -> Tensor:
-        failed = _failed(found.status)
+        failed = _failed(packed.status)
         with torch.set_grad_enabled(attached):
-            plain = kkt.Point(*(v.detach() for v in values))
+            point = kkt.Point(*tied.vectors())
+            plain = kkt.Point(*(v.detach() for v in point))
             return _value(form, point, plain, _safe(plain, failed), failed, attached)
 
-    return Solution(
-        *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
-        status=found.status,
-        report=Report(found.residuals, counts),
+    return Solution.later(
+        later,
+        x=tied.x,
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=_unless_changed(form, point, value),
+        _value=_unless_changed(form.tensors() | {"x": tied.x, "s, nu or lam": tied.rest}, value),
+        _hessian=form.Q if isinstance(form, QPForm) else None,
     )
 
 
-def _others(
-    form: Form, found: kkt.Solved, counts: Tensor, kink_rule: str, weak_tolerance: float
-) -> list[tuple[int, Prepared]]:
-    """Prepare the instances that were solved each on its own, and complete their counts."""
+def _others(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float) -> list[tuple[kkt.Rest, Prepared]]:
+    """Prepare the instances that another solver solved, and complete their counts."""
     others = []
-    for index, one in found.others:
-        assert isinstance(form, QPForm)
-        others.append((index, prepare(form.instance(index).detach(), one, kink_rule, weak_tolerance)))
-        counts.view(3, -1)[1:, index] = others[-1][1].counts[1:]
+    for rest in found.others:
+        assert isinstance(form, QPForm) and found.counts is not None
+        prepared = prepare(form.part(rest.begin, rest.end).detach(), rest.found, kink_rule, weak_tolerance)
+        target = found.counts.view(3, -1)[1:, rest.begin : rest.end]
+        target.copy_(torch.where(rest.mine, prepared.counts[1:], target))
+        others.append((rest, prepared))
     return others
 
 
@@ -207,7 +215,7 @@ class Reverse(NamedTuple):
         """Return the gradients for those tensors of ``form`` (plain) that need one, from those for the point."""
         task = self.task
         if task.found.pullback is not None and self.prepared is None:
-            return _pulled(task, form, point, gradients, needed)
+            return _pull(task, form, point, gradients, needed)
         leaves = {
             k: v.detach().requires_grad_(need) for (k, v), need in zip(form.tensors().items(), needed, strict=True)
         }
@@ -233,13 +241,16 @@ def apart(
         form: the problem, detached.
         found: its solution; it may keep the memory of the outputs, not the outputs.
     """
-    found = found._replace(point=kkt.Point(*(v.detach() for v in found.point)))
-    task = _Task(form, found, tuple(range(6)), (), [], kink_rule, weak_tolerance)
+    found = found.replace(
+        point=kkt.Point(*(v.detach() for v in found.point)), status=found.status, residuals=found.residuals,
+        counts=found.counts, packed=None,
+    )  # fmt: skip
+    task = _Task(form, found, (), [], kink_rule, weak_tolerance)
     counts = found.counts
     if counts is None or (keep and (found.pullback is None or kink_rule != "inactive")):
         prepared = prepare(form, found, kink_rule, weak_tolerance)
         return prepared.counts, Reverse(task, prepared) if keep else None
-    others = _others(form, found, counts, kink_rule, weak_tolerance)
+    others = _others(form, found, kink_rule, weak_tolerance)
     return counts, Reverse(task._replace(others=others), None) if keep else None
 
 
@@ -268,39 +279,35 @@ def value_gradients(
 
 
 class _Task(NamedTuple):
-    """What a reverse pass needs beside the tensors that autograd saves: the form; the solution, its point empty where
-    outputs stood; which of x, s, nu, lam, lam_lower, lam_upper are outputs, and which of the form's tensors are inputs;
-    the instances that stand on their own; and how kinks are read."""
+    """What a reverse pass needs beside the tensors that autograd saves: the form; the solution, without its point; the
+    places of those of its tensors that are inputs; the instances that another solver solved; how kinks are read."""
 
     form: Form
     found: kkt.Solved
-    outputs: tuple[int, ...]
     inputs: tuple[int, ...]
-    others: list[tuple[int, Prepared]]
+    others: list[tuple[kkt.Rest, Prepared]]
     kink_rule: str
     weak_tolerance: float
 
 
-_EMPTY = torch.empty(0)
-
-
-def _pulled_point(
-    form: Form, found: kkt.Solved, others: list[tuple[int, Prepared]], kink_rule: str, weak_tolerance: float
-) -> kkt.Point:
-    # Every tensor that autograd handles costs a microsecond or more: what has no entries, or needs no gradient,
-    # stays out. (Where there are no bounds, their multipliers are zero, whatever the data.)
-    bounded = form.lower is not None or form.upper is not None
-    live = (0, *((1, 3) if form.m else ()), *((2,) if form.p else ()), *((4, 5) if bounded else ()))
+def _pulled(
+    form: Form, found: kkt.Solved, packed: Packed, others: list[tuple[kkt.Rest, Prepared]], kink_rule: str,
+    weak_tolerance: float,
+) -> Packed:  # fmt: skip
+    """Return the answer, attached to the form by the solver's own reverse pass."""
+    # Every tensor that autograd handles costs a microsecond or more: the answer goes as two, and of the data only what
+    # needs a gradient.
     tensors = tuple(form.tensors().values())
     inputs = tuple([i for i, tensor in enumerate(tensors) if tensor.requires_grad])
-    values = list(found.point)
-    outputs = [values[i] for i in live]
     # The graph of the outputs holds the task, so the task must not hold the outputs.
-    hollow = [_EMPTY if i in live else v for i, v in enumerate(values)]
-    task = _Task(form, found._replace(point=kkt.Point(*hollow)), live, inputs, others, kink_rule, weak_tolerance)
-    for i, output in zip(live, _Pulled.apply(task, outputs, *[tensors[i] for i in inputs]), strict=True):
-        values[i] = output
-    return kkt.Point(*values)
+    found.packed = Packed(packed.arrangement, _EMPTY, _EMPTY, packed.report)
+    task = _Task(form, found, inputs, others, kink_rule, weak_tolerance)
+    # (In a list they are no inputs, and autograd makes no views of them.)
+    x, rest = _Pulled.apply(task, [packed.x, packed.rest], *[tensors[i] for i in inputs])
+    return Packed(packed.arrangement, x, rest, packed.report)
+
+
+_EMPTY = torch.empty(0)
 
 
 class _Pulled(torch.autograd.Function):
@@ -318,40 +325,47 @@ class _Pulled(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, for_x: Tensor | None, for_rest: Tensor | None) -> tuple[Tensor | None, ...]:
         task: _Task = ctx.task
-        saved, count = ctx.saved_tensors, len(task.outputs)
-        values, incoming = list(task.found.point), [None] * 6
-        for i, value, grad in zip(task.outputs, saved, grads, strict=False):
-            values[i], incoming[i] = value, grad  # type: ignore[call-overload]
-        point, gradients = kkt.Point(*values), tuple(incoming)
-        if torch.is_grad_enabled() or any(grad is not None and transforms.wrapped(grad) for grad in grads):
-            form = _with_saved(task, saved[count:])
-            return (
-                None,
-                None,
-                *transforms.many_at_once(lambda *grads: _differentiated(task, form, point, grads), gradients),
-            )
+        x, rest, *data = ctx.saved_tensors
+        hollow = task.found.packed
+        assert hollow is not None
+        arrangement = hollow.arrangement
+        point = Packed(arrangement, x, rest, hollow.report)
+        if torch.is_grad_enabled() or any(g is not None and transforms.wrapped(g) for g in (for_x, for_rest)):
+            form, whole = _with_saved(task, data), kkt.Point(*point.vectors())
+
+            def again(for_x: Tensor | None, for_rest: Tensor | None) -> tuple[Tensor | None, ...]:
+                return _differentiated(task, form, whole, _gradients(arrangement, for_x, for_rest))
+
+            return (None, None, *transforms.many_at_once(again, (for_x, for_rest)))
         needed = [False] * len(task.form.tensors())
         for place, need in zip(task.inputs, ctx.needs_input_grad[2:], strict=True):
             needed[place] = need
-        form = _with_saved(task, saved[count:]) if task.others else task.form
-        found = _pulled(task, form, point, gradients, tuple(needed))
+        form = _with_saved(task, data) if task.others else task.form
+        found = _pull(task, form, point, _gradients(arrangement, for_x, for_rest), tuple(needed))
         return None, None, *[found[i] for i in task.inputs]
 
 
-def _pulled(
-    task: _Task, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+def _gradients(arrangement: Arrangement, for_x: Tensor | None, for_rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients for x, s, nu, lam, lam_lower, lam_upper."""
+    if for_rest is None:
+        return for_x, None, None, None, None, None
+    return for_x, *(arrangement.piece(for_rest, which) for which in range(5))
+
+
+def _pull(
+    task: _Task, form: Form, point: kkt.Point | Packed, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return what the solver's own reverse pass gives for those tensors of the form that need a gradient."""
     assert task.found.pullback is not None
     found = task.found.pullback.run(point, gradients, needed)
-    for index, prepared in task.others:
-        _add_other(form, index, prepared, gradients, found)
+    for rest, prepared in task.others:
+        _add_rest(form, rest, prepared, gradients, found)
     return found
 
 
-def _with_saved(task: _Task, saved: tuple[Tensor, ...]) -> Form:
+def _with_saved(task: _Task, saved: Sequence[Tensor]) -> Form:
     """Return the form with the tensors that need a gradient as autograd saved them."""
     tensors = dict(task.form.tensors())
     names = list(tensors)
@@ -360,37 +374,37 @@ def _with_saved(task: _Task, saved: tuple[Tensor, ...]) -> Form:
     return task.form.with_tensors(tensors)
 
 
-def _add_other(
-    whole: Form, index: int, prepared: Prepared, grads: tuple[Tensor | None, ...], found: tuple[Tensor | None, ...]
+def _add_rest(
+    whole: Form, rest: kkt.Rest, prepared: Prepared, grads: tuple[Tensor | None, ...], found: tuple[Tensor | None, ...]
 ) -> None:
-    """Add the gradients of an instance that was solved on its own to those of the batch."""
+    """Add the gradients of instances that another solver solved to those of the batch."""
     assert isinstance(whole, QPForm)
-    form = whole.instance(index)
+    begin, end, mine, _ = rest
+    form, batch, count = whole.part(begin, end), whole.batch_shape, whole.batch_shape.numel()
     with torch.enable_grad():
         form = form.with_tensors({k: v.detach().requires_grad_() for k, v in form.tensors().items()})
-        one = attach(form, prepared)
-        outputs = (one.x, one.s, one.nu, one.lam, one.lam_lower, one.lam_upper)
+        some = attach(form, prepared)
+        outputs = (some.x, some.s, some.nu, some.lam, some.lam_lower, some.lam_upper)
         used = [
-            (v, g.reshape(whole.batch_shape.numel(), g.shape[-1])[index])
+            (v, torch.where(mine.unsqueeze(-1), g.reshape(count, g.shape[-1])[begin:end], 0.0))
             for v, g in zip(outputs, grads, strict=True)
             if g is not None and v.requires_grad
         ]
         own = torch.autograd.grad(
             [v for v, _ in used], list(form.tensors().values()), [g for _, g in used], materialize_grads=True
         )
-    tensors = whole.tensors().values()
-    for target, gradient, tensor, dims in zip(found, own, tensors, whole.core_dims(), strict=True):
+    for target, gradient, tensor, dims in zip(found, own, whole.tensors().values(), whole.core_dims(), strict=True):
         if target is None:
             continue
-        if tensor.dim() == dims:
-            target += gradient
-        else:
-            # Its own entry alone: the NaN of a failed instance must not reach others.
-            lead = tensor.shape[: tensor.dim() - dims]
-            place = torch.zeros(whole.batch_shape, dtype=gradient.dtype, device=gradient.device)
-            place.view(-1)[index] = 1
-            mine = (place.sum_to_size(lead) > 0).reshape(*lead, *[1] * dims)
-            target += torch.where(mine, gradient, 0.0)
+        lead, core = tensor.shape[: tensor.dim() - dims], tensor.shape[tensor.dim() - dims :]
+        if lead == batch and lead:
+            target.view(count, *core)[begin:end] += gradient
+        elif lead.numel() == 1:
+            target += gradient.reshape(target.shape)
+        else:  # shared by some instances
+            full = gradient.new_zeros(count, *core)
+            full[begin:end] = gradient
+            target += full.reshape(*batch, *core).sum_to_size(target.shape)
 
 
 def _differentiated(
@@ -398,7 +412,7 @@ def _differentiated(
 ) -> tuple[Tensor | None, ...]:
     """Return the reverse pass in torch operations, with a graph of its own where one is asked for."""
     create_graph = torch.is_grad_enabled()
-    found = task.found._replace(point=kkt.Point(*(v.detach() for v in point)))
+    found = task.found.replace(point=kkt.Point(*(v.detach() for v in point)))
     with torch.enable_grad():
         if prepared is None:
             prepared = prepare(form.detach(), found, task.kink_rule, task.weak_tolerance)
@@ -584,9 +598,10 @@ def _forward_mode(form: Form) -> bool:
 
 def needs_graph(form: Form) -> bool:
     """Return whether anything asks for derivatives in the form's tensors."""
-    tensors = form.tensors().values()
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for tensor in form.tensors().values():
+            if tensor.requires_grad:
+                return True
     return _forward_mode(form)
 
 
@@ -645,9 +660,8 @@ def _only_derivative(v: Tensor) -> Tensor:
     return torch.where(torch.isinf(v), 0.0, v - v.detach())
 
 
-def _unless_changed(form: Form, point: kkt.Point, value: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return ``value``, with an error where data or point were changed in place between now and the call."""
-    named = form.tensors() | point._asdict()
+def _unless_changed(named: dict[str, Tensor], value: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return ``value``, with an error where one of these tensors was changed in place between now and the call."""
     try:
         before = [tensor._version for tensor in named.values()]
     except RuntimeError:  # tensors of inference mode do not count their changes
@@ -705,15 +719,15 @@ class _KKT:
         saddle: Saddle | None, scaling: Scaling,
     ) -> None:  # fmt: skip
         self.failed, self.scaling, self.dtype = failed, scaling, dtype
+        self.sync = waiting.allowed()
         self.prepared = prepared
         self._saddle = saddle if prepared is None else prepared.factor.system
-        weak_any = bool(active.weak_count().any())
+        weak_any = kink_rule != "inactive" and bool(active.weak_count().any())
         self.dense_rule = kink_rule == "minimum_norm" and weak_any
         self.weak_row = active.weak_row
         none_row, none_bound = torch.zeros_like(active.row), torch.zeros_like(active.lower)
         strict = active
-        joins = weak_any and kink_rule != "inactive"
-        if joins:
+        if weak_any:
             active = active._replace(
                 row=active.row | active.weak_row,
                 lower=active.lower | active.weak_lower,
@@ -727,7 +741,7 @@ class _KKT:
         zero = torch.zeros((), dtype=torch.float64, device=failed.device)
         self.ratio_row, self.ratio_bound = zero.expand(none_row.shape), zero.expand(none_bound.shape)
         self._scaled_ratios = (self.ratio_row, self.ratio_bound)
-        if joins and kink_rule == "central":
+        if weak_any and kink_rule == "central":
             self._use_central(strict)
         self._factor: Factor | None = None
 
@@ -757,6 +771,8 @@ class _KKT:
         return self._factor
 
     def _same_rows(self, other: kkt.Activity) -> bool:
+        if not waiting.allowed():
+            return False
         if bool((self._scaled_ratios[0] != 0).any()) or bool((self._scaled_ratios[1] != 0).any()):
             return False
         same = torch.equal(self.active.row, other.row)
@@ -768,8 +784,12 @@ class _KKT:
 
     def solve(self, r: Blocks, transpose: bool) -> Blocks:
         """Return K^-1 r (or K'^-1 r): zero where r is zero, NaN where a failed instance has r != 0."""
+        with waiting.allow(self.sync):
+            return self._solve(r, transpose)
+
+    def _solve(self, r: Blocks, transpose: bool) -> Blocks:
         asked = torch.stack([(v != 0).any(-1) for v in r if v.shape[-1]]).any(0)
-        if not bool(asked.any()):
+        if not waiting.some(asked):
             return Blocks(*(torch.zeros_like(v) for v in r))
         bad = self.failed.unsqueeze(-1)
         # NaN that comes in goes out, and must not meet a factor that neighbours share.

@@ -8,7 +8,7 @@ derived by ``torch.func``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from diffopt.linalg.matrices import Dense, SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Rows, Saddle
 from diffopt.linalg.scaling import Scaling, equilibrate, regularisation
+from diffopt.packed import Packed
 from diffopt.problems.forms import Derivatives, Form, QPForm
 from diffopt.shapes import matvec, max_abs, rmatvec
 from diffopt.solution import Certificate, Residuals
@@ -202,29 +203,71 @@ class Pullback(NamedTuple):
     tensors get the sum over the batch.
     """
 
-    run: Callable[[Point, tuple[Tensor | None, ...], tuple[bool, ...]], tuple[Tensor | None, ...]]
+    run: Callable[[Point | Packed, tuple[Tensor | None, ...], tuple[bool, ...]], tuple[Tensor | None, ...]]
 
 
-class Solved(NamedTuple):
+class Rest(NamedTuple):
+    """Instances of a batch that another solver solved, after the first had left them: those of ``mine``
+    ``(end - begin,)``, among the places from begin to end of the flattened batch, all of which ``found`` has."""
+
+    begin: int
+    end: int
+    mine: Tensor
+    found: Solved
+
+
+class Solved:
     """A solved batch: detached values of the fields of `diffopt.Solution`. Backends make it, ``implicit``
     attaches it. ``residuals`` ``(3, *batch)``: primal, dual, gap. Where the solver has them: ``system``, the factored
     KKT system of the final active set; ``pullback``; and ``counts`` ``(3, *batch)`` as in `Report`, of which
-    ``iterations`` is the first. ``others``: instances, by their place in the flattened batch, that were solved each
-    on its own, after the solver had left them; their values are in place, their counts and derivatives are not.
-    ``solved``: whether every instance is SOLVED, where that is known without looking."""
+    ``iterations`` is the first. ``others``: instances that the solver had left to another one; their values are
+    in place, their counts and derivatives are not.
+    ``solved``: whether every instance is SOLVED, where that is known without looking. ``packed``: point, status,
+    residuals and counts as an executor left them, from which those are taken when they are asked for. ``sync``: whether
+    the host may wait for values (`Settings.sync`)."""
 
     point: Point
     status: Tensor
     residuals: Tensor
-    certificate: Certificate | None
-    backend: str
-    executor: str
-    iterations: Tensor | None = None
-    counts: Tensor | None = None
-    system: System | None = None
-    pullback: Pullback | None = None
-    others: tuple[tuple[int, Solved], ...] = ()
-    solved: bool = False
+    counts: Tensor | None
+
+    def __init__(
+        self,
+        point: Point | None,
+        status: Tensor | None,
+        residuals: Tensor | None,
+        certificate: Certificate | None,
+        backend: str,
+        executor: str,
+        iterations: Tensor | None = None,
+        counts: Tensor | None = None,
+        system: System | None = None,
+        pullback: Pullback | None = None,
+        others: tuple[Rest, ...] = (),
+        solved: bool = False,
+        packed: Packed | None = None,
+        sync: bool = True,
+    ) -> None:
+        self.certificate, self.backend, self.executor, self.iterations = certificate, backend, executor, iterations
+        self.system, self.pullback, self.others, self.solved, self.packed = system, pullback, others, solved, packed
+        self.sync = sync
+        if packed is None:
+            assert point is not None and status is not None and residuals is not None
+            self.point, self.status, self.residuals, self.counts = point, status, residuals, counts
+
+    def __getattr__(self, name: str) -> Any:
+        packed: Packed | None = vars(self).get("packed")
+        if packed is None or name not in ("point", "status", "residuals", "counts"):
+            raise AttributeError(name)
+        value = Point(*packed.vectors()) if name == "point" else getattr(packed, name)
+        setattr(self, name, value)
+        return value
+
+    def replace(self, **changes: Any) -> Solved:
+        """Return a copy with some fields changed."""
+        twin = object.__new__(Solved)
+        vars(twin).update(vars(self), **changes)
+        return twin
 
 
 def assemble(form: Form, point: Point) -> tuple[Saddle, Scaling]:

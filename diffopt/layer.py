@@ -25,13 +25,15 @@ from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.precision import full_precision, lowered, raised
 from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import REMEDIES, Certificate, Report, Solution, Status
+from diffopt.solution import REMEDIES, Certificate, Report, Solution, Status, eigenvalues
 from diffopt.solvers.settings import Settings
 
 OnFailure = Literal["raise", "return"]
 OnInfeasible = Elastic | Literal["elastic", "closest"] | None
 _DEFAULT = Settings()
 MOST_NAMED = 8
+ROUNDED = 1e-12
+"""Negative eigenvalue, relative to the largest magnitude of one, that may be rounding error."""
 
 
 class Layer(nn.Module):
@@ -74,7 +76,7 @@ class Layer(nn.Module):
         self.problem = problem
         self.backend = _checked_backend(backend)
         self.settings = _checked_settings(settings)
-        self.on_failure: OnFailure = _checked_policy(on_failure)
+        self.on_failure: OnFailure = _checked_policy(on_failure, self.settings)
         self.on_infeasible: infeasible.Policy = infeasible.checked_policy(on_infeasible)
         self._parts: dict[str, tuple[str | float, ...]] = {}
         for name, declared in (problem.declared | infeasible.declared_weights(self.on_infeasible)).items():
@@ -172,7 +174,8 @@ def solve(
 
     Returns, raises, differentiable in: as `Layer.solve`.
     """
-    solver, chosen, policy = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    solver, chosen = _checked_backend(backend), _checked_settings(settings)
+    policy = _checked_policy(on_failure, chosen)
     soft = infeasible.checked_policy(on_infeasible)
 
     def run(params: Params) -> Solution:
@@ -224,7 +227,8 @@ def solve_qp(
     References:
         Amos and Kolter (2017), "OptNet", equations 6 to 8 (dG there has a factor D(lam) too many).
     """
-    solver, chosen, policy = _checked_backend(backend), _checked_settings(settings), _checked_policy(on_failure)
+    solver, chosen = _checked_backend(backend), _checked_settings(settings)
+    policy = _checked_policy(on_failure, chosen)
     soft, weights = None, None
     if on_infeasible is not None:
         soft = infeasible.checked_policy(on_infeasible)
@@ -250,12 +254,16 @@ def _solve_form(
 
         solution = infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype))
         reported = False
-    if not reported:
+    if settings.sync and not reported:
         _report(solution, on_failure)
     return solution
 
 
 def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy) -> None:
+    if not settings.sync:
+        raise SettingsError(
+            "`on_infeasible` looks at values, which Settings(sync=False) forbids. Leave out one of the two."
+        )
     if policy == "closest" and settings.relaxation is not None:
         raise SettingsError(
             "`relaxation` and on_infeasible='closest' do not go together: the closest problem has no interior, "
@@ -295,10 +303,11 @@ def _exactly(form: Form, backend: str | Backend, settings: Settings, on_failure:
     if transforms.active():
         return _transformed(form, backend, settings, on_failure), True
     solver = choose(backend, form)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in form.tensors().values())
-    with torch.no_grad():
-        found = solver.solve(form, settings, keep)
-    solution = implicit.attach_solved(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
+    attached = implicit.needs_graph(form)
+    found = solver.solve(form, settings, attached)
+    solution = implicit.attach_solved(
+        form, found, attached, settings.kink_rule, settings.weak_tolerance_for(form.dtype)
+    )
     return solution, found.solved
 
 
@@ -348,7 +357,8 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
             direct.append(jacobian)
             return jacobian.outputs()
         prepared = implicit.prepare(plain, found, settings.kink_rule, settings.weak_tolerance_for(plain.dtype))
-        _report(implicit.attach(plain, prepared), on_failure)
+        if settings.sync:
+            _report(implicit.attach(plain, prepared), on_failure)
         done.append(prepared)
         return implicit.flatten(prepared)
 
@@ -424,7 +434,7 @@ def _failure_message(solution: Solution, failed: list[list[int]]) -> str:
     for index in failed[:MOST_NAMED]:
         status = Status(int(solution.status[tuple(index)]))
         seen.append(status)
-        lines.append(f"  batch index {_index(index)}: {status.name}")
+        lines.append(f"  batch index {_index(index)}: {status.name}{_curvature(solution, status, index)}")
     if len(failed) > MOST_NAMED:
         lines.append(f"  and {len(failed) - MOST_NAMED} more")
     lines += [f"{status.name}: {REMEDIES[status]}." for status in dict.fromkeys(seen)]
@@ -432,6 +442,20 @@ def _failure_message(solution: Solution, failed: list[list[int]]) -> str:
         "Pass on_failure='return' to get every instance with its status, and use those where `solution.ok` holds."
     )
     return "\n".join(lines)
+
+
+def _curvature(solution: Solution, status: Status, index: list[int]) -> str:
+    """Return what to say of the Hessian of a failed instance, if it is that which made it fail."""
+    if status != Status.NUMERICAL_ERROR or solution._hessian is None:
+        return ""
+    matrix = solution._hessian.dense()
+    found = eigenvalues(matrix.expand(*solution.status.shape, *matrix.shape[-2:])[tuple(index)].double())
+    least, largest = float(found[0]), float(found.abs().max())
+    if not least < -ROUNDED * largest:
+        return ""
+    return (
+        f" (Q is not positive semidefinite: its smallest eigenvalue is {least:.2e}, its largest {float(found[-1]):.2e})"
+    )
 
 
 def _index(index: list[int]) -> str:
@@ -454,7 +478,12 @@ def _checked_settings(settings: Settings | None) -> Settings:
     return _DEFAULT if settings is None else settings
 
 
-def _checked_policy(on_failure: str) -> OnFailure:
+def _checked_policy(on_failure: str, settings: Settings) -> OnFailure:
     if on_failure not in ("raise", "return"):
         raise SettingsError(f"`on_failure` = {on_failure!r} is unknown. Expected 'raise' or 'return'.")
+    if on_failure == "raise" and not settings.sync:
+        raise SettingsError(
+            "Settings(sync=False) cannot raise for a failed instance: nobody looks at the statuses. Expected "
+            "on_failure='return'; `solution.ok`, a tensor on the device, says which instances to use."
+        )
     return on_failure  # type: ignore[return-value]

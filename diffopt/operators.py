@@ -156,18 +156,20 @@ def solve(data: Sequence[Tensor], spec: str) -> Ten:
     of what the solve has left behind for its reverse pass."""
     parsed = read(spec)
     found, counts, reverse = _solved(data, parsed, parsed.keep)
-    if not found.solved:
+    if parsed.settings.sync and not found.solved:
         assert report is not None
         values = kkt.Point(*(v.detach() for v in found.point))
         whole = Solution(
             values.x, values.s, values.lam, values.nu, values.lam_lower, values.lam_upper, found.status,
             Report(found.residuals, counts), found.certificate, found.backend, found.executor,
             lambda: parsed.form([tensor.detach() for tensor in data]).objective(values.x),
+            _hessian=getattr(parsed.form([tensor.detach() for tensor in data]), "Q", None),
         )  # fmt: skip
         report(whole, parsed.on_failure)
-    parts = (*found.point, found.status, found.residuals.double().movedim(0, -1), counts.movedim(0, -1))
-    # (As the one below promises.)
-    return (*(part.contiguous() for part in parts), _leave(reverse))  # type: ignore[return-value]
+    x, *rest = (*found.point, found.status, found.residuals.double().movedim(0, -1), counts.movedim(0, -1))
+    # As the one below promises; and outputs of an operator must not share memory.
+    copies = (part.clone(memory_format=torch.contiguous_format) for part in rest)
+    return (x.contiguous(), *copies, _leave(reverse))  # type: ignore[return-value]
 
 
 @solve.register_fake

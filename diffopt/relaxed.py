@@ -138,5 +138,5 @@ def _prepared(
     failed = bad | ~(residual <= ALMOST)  # (NaN fails)
     status = torch.where(failed, int(Status.NUMERICAL_ERROR), found.status).to(torch.int8)
     point = kkt.Point(*(torch.where(failed.unsqueeze(-1), 0.0, v) for v in found.point))
-    found = found._replace(point=point, status=status, system=None, pullback=None)
+    found = found.replace(point=point, status=status, system=None, pullback=None)
     return Found(implicit.prepare(plain, found, kink_rule, weak_tolerance), residual, failed)

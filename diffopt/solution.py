@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -30,6 +30,10 @@ class Status(IntEnum):
 
 ALMOST = 1e-6
 """Relative residual up to which a point that misses the tolerance is still ALMOST_SOLVED."""
+
+INDEFINITE = 1e-7
+"""A Q is refused as not convex when its smallest eigenvalue is below minus this (times the largest magnitude of one, in
+the units in which a backend solves): far above what rounding does to a semidefinite matrix, also in float32."""
 
 _SOLVED, _ALMOST_SOLVED = int(Status.SOLVED), int(Status.ALMOST_SOLVED)
 
@@ -115,6 +119,9 @@ class Solution:
         gradient: what the derivatives are: ``"exact"``, or how they were relaxed (`Settings.relaxation`).
         gradient_residual: ``(*batch,)``, worst relative residual of the relaxed problem whose derivative is
             taken; above 1e-6 that problem was not solved, and the gradient is NaN. ``None`` for exact gradients.
+        smallest_eigenvalue: ``(*batch,)``, of Q, computed on access from the data as it is then: below zero, beyond
+            rounding, where a quadratic program is not convex. NaN where Q is not finite, or not at hand (after a
+            pytree, a file or a transform; for problems given by their functions).
 
     x, s, lam, nu, lam_lower, lam_upper, value and shifts are differentiable in every tensor of the
     problem's data; the other fields are not. Registered as a pytree.
@@ -135,6 +142,7 @@ class Solution:
     shifts: Shifts | None = None
     gradient: str = "exact"
     gradient_residual: Tensor | None = None
+    _hessian: Any = field(default=None, repr=False)
 
     @property
     def value(self) -> Tensor:
@@ -144,9 +152,38 @@ class Solution:
                 object.__setattr__(self, "_value", self._value())
         return self._value  # type: ignore[return-value]
 
+    @classmethod
+    def later(cls, rest: Callable[[str], tuple[Any, bool]], **fields: Any) -> Solution:
+        """Return a solution of which some fields are made when they are first read.
+
+        Args:
+            rest: returns the value of a field that is not among ``fields``, and whether to keep it.
+            fields: all others, but for those that have their default.
+        """
+        made = object.__new__(cls)
+        vars(made).update(fields, _rest=rest)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        rest = vars(self).get("_rest")
+        if rest is None or name not in _LATER:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value, keep = rest(name)
+        if keep:
+            vars(self)[name] = value
+        return value
+
     def __getstate__(self) -> dict[str, Any]:
-        """Return what travels to a file or another process: the value itself, not what would compute it."""
-        return vars(self) | {"_value": self.value}
+        """Return what travels to a file or another process: the values, not what would compute them."""
+        made = {part.name: getattr(self, part.name) for part in fields(self)}
+        return made | {"_value": self.value, "_hessian": None}
+
+    @property
+    def smallest_eigenvalue(self) -> Tensor:
+        """``(*batch,)``; see the class."""
+        if self._hessian is None:
+            return torch.full_like(self.residuals.gap, torch.nan)
+        return eigenvalues(self._hessian.dense())[..., 0].expand(self.status.shape)
 
     @property
     def residuals(self) -> Residuals:
@@ -183,6 +220,10 @@ class Solution:
         )
 
 
+_LATER = ("s", "nu", "lam", "lam_lower", "lam_upper", "status", "report")
+"""Fields that a solution may have packed; see `Solution.later`."""
+
+
 class Certificate(NamedTuple):
     """Proof, per instance, that there is no solution. Rows without a claim are NaN.
 
@@ -196,6 +237,14 @@ class Certificate(NamedTuple):
     lam: Tensor
     lam_lower: Tensor
     lam_upper: Tensor
+
+
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Return the eigenvalues of symmetric matrices ``(*batch, n, n)`` smallest first; NaN for those not finite."""
+    matrix = matrix.detach()
+    finite = torch.isfinite(matrix).all(-1).all(-1)
+    found = torch.linalg.eigvalsh(torch.where(finite[..., None, None], matrix, 0.0))
+    return torch.where(finite.unsqueeze(-1), found, torch.nan)
 
 
 def status_counts(status: Tensor) -> str:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from diffopt import modes
 from diffopt.problems.forms import Form
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-active: Callable[[], bool] = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
-"""Return whether any transform is at work."""
+active = modes.transforming
 
 
 def forward_mode() -> bool:

@@ -29,7 +29,7 @@ CLAIMS = (Status.SOLVED, Status.ALMOST_SOLVED, Status.PRIMAL_INFEASIBLE, Status.
 
 class Verdict(NamedTuple):
     """Per instance: ``right``: it ended as it must; ``wrong``: it claims what is not so (a solution whose residuals say
-    otherwise or where there is none, a proof that proves nothing, ...). What is neither was given up, which is no claim.
+    otherwise or where there is none, a proof that proves nothing, ...). What is neither was given up: no claim.
 
     ``error``: of x where it is unique, else of the value, relative; or of the certificate; 0 where there is neither.
     """

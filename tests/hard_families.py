@@ -336,7 +336,7 @@ def variable_unused(s: Sizes) -> Drawn:
 
 
 def assignment(s: Sizes) -> Drawn:
-    """Three jobs for three workers at whole costs: a redundant equality, degenerate vertices, often several best ones."""
+    """Three jobs for three workers at whole costs: a redundant equality, degenerate vertices, often several best."""
     cost = torch.randint(0, 4, (s.count, 9), generator=s.generator()).double()
     A = torch.zeros(6, 9, dtype=f64)
     for job, worker in itertools.product(range(3), range(3)):

@@ -378,13 +378,32 @@ def test_the_true_sudoku_vertex():
     assert torch.allclose((v * tangent).sum(), got[2].sum(), atol=1e-8)
 
 
-def test_a_kink_without_a_weakly_active_row_is_seen():
-    """min (x - 1)^2 / 2 subject to x <= h1, x <= h2 at h = 0: multipliers 1/2 each, a kink in h."""
-    h = torch.zeros(2, dtype=f64, requires_grad=True)
-    solution = diffopt.solve_qp(torch.eye(1, dtype=f64), tensor(-1.0), G=torch.ones(2, 1, dtype=f64), h=h)
+@pytest.mark.parametrize("reduction", ["auto", "dual", "primal"])
+@pytest.mark.parametrize("executor", ["cpu", "torch", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_kink_without_a_weakly_active_row_is_seen(executor, reduction):
+    """min (x - 1)^2 / 2 subject to x <= h1, x <= h2 at h = 0: multipliers 1/2 each, x = min(h1, h2, 1)."""
+    device = "cuda" if executor == "cuda" else "cpu"
+    settings = Settings(executor=executor, reduction=reduction)
+
+    def solve(h):
+        one = torch.ones(1, 1, dtype=f64, device=device)
+        return diffopt.solve_qp(one, -one[0], G=one.expand(2, 1), h=h, settings=settings)
+
+    h = torch.zeros(2, dtype=f64, device=device, requires_grad=True)
+    solution = solve(h)
     assert solution.weakly_active == 0 and solution.dependent == 1
+    assert torch.allclose(solution.lam.sum(), h.new_ones(())) and bool((solution.lam > 0.1).all())
     (slope,) = torch.autograd.grad(solution.x.sum(), h)
-    assert torch.allclose(slope.sum(), tensor(1.0).sum())  # along h1 = h2 it has a derivative, 1
+    along, size = h.new_tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, -1.0]]), 1e-3
+    ahead, behind = (solve(sign * size * along).x[..., 0] / (sign * size) for sign in (1, -1))
+    # Only along the first do the rows stay consistent, and x has a derivative: there it is this.
+    assert torch.allclose(ahead, h.new_tensor([1.0, 0.0, 0.0, -1.0]))
+    assert torch.allclose(behind, h.new_tensor([1.0, 1.0, 1.0, 1.0]))
+    assert torch.allclose(along[0] @ slope, ahead[0]) and torch.allclose(along[0] @ slope, behind[0])
+    # Along the others it is a convention, which lies between the one-sided slopes: each row has half.
+    assert torch.allclose(slope, h.new_tensor([0.5, 0.5]))
+    low, high = torch.minimum(ahead, behind), torch.maximum(ahead, behind)
+    assert bool(((low - 1e-9 <= along @ slope) & (along @ slope <= high + 1e-9)).all())
 
 
 # ------------------------------------------------------------------ failures

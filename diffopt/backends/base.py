@@ -11,11 +11,12 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
-from diffopt import kkt
+from diffopt import kkt, waiting
 from diffopt.cones import kinds
+from diffopt.errors import BackendUnsupported
 from diffopt.living import Living
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import ALMOST, Certificate, Residuals, Status
+from diffopt.solution import ALMOST, INDEFINITE, Certificate, Residuals, Status
 from diffopt.solvers.settings import Settings
 
 AnyForm = TypeVar("AnyForm", bound=Form)
@@ -32,6 +33,7 @@ class Capabilities:
             float32 data is solved in float64 and rounded once, at the end.
         batched: solves a batch at once rather than one instance at a time.
         accuracy: relative residual that it ordinarily reaches in float64.
+        asynchronous: can solve without waiting for the device (`Settings.sync` = False).
         priority: ``backend="auto"`` takes the supporting backend with the highest.
     """
 
@@ -41,6 +43,7 @@ class Capabilities:
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.float64})
     batched: bool = False
     accuracy: float = 1e-9
+    asynchronous: bool = False
     priority: int = 0
 
 
@@ -109,16 +112,23 @@ class Backend(Living, ABC):
             return f"does not take {form.dtype}"
         return None
 
+    @torch.no_grad()
     def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
-        """Solve a batch, recompute the residuals from the original data, and correct the status.
+        """Solve a batch without a graph, recompute the residuals from the original data, and correct the status.
 
         Args:
-            form: the problem; called where no graph is recorded.
+            form: the problem.
             settings: see `Settings`.
             keep: whether a pullback will be of use.
         """
+        if not settings.sync and not self.can.asynchronous:
+            raise BackendUnsupported(
+                f"Backend {self.name!r} computes on the host, and so waits for the device. Pass Settings(sync=True), "
+                f"or take the backend 'pdipm' with a quadratic program."
+            )
         form = form.detach()
-        raw = self._solve(form, settings)
+        with waiting.allow(settings.sync):
+            raw = self._solve(form, settings)
         s = -form.inequalities(raw.x) if raw.s is None else raw.s
         s = s + form.cone.violation(s)  # in the cone; what was outside counts as primal residual
         point = kkt.Point(raw.x, s, raw.nu, raw.lam, raw.lam_lower, raw.lam_upper)
@@ -130,8 +140,9 @@ class Backend(Living, ABC):
         point = kkt.Point(*(torch.where(failed.unsqueeze(-1), torch.nan, v) for v in point))
         stacked = torch.where(failed, torch.nan, torch.stack(residuals)).to(form.dtype)
         return kkt.Solved(
-            point, status, stacked, raw.certificate, self.name, raw.executor, raw.iterations, system=raw.system
-        )
+            point, status, stacked, raw.certificate, self.name, raw.executor, raw.iterations, system=raw.system,
+            sync=settings.sync,
+        )  # fmt: skip
 
     @abstractmethod
     def _solve(self, form: Form, settings: Settings) -> RawPoint:
@@ -214,11 +225,6 @@ class InstancePoint:
     iterations: int = 0
     executor: str = ""
     certificate: Certificate | None = None
-
-
-INDEFINITE = 1e-7
-"""A Q is indefinite when its smallest eigenvalue is below minus this times the largest magnitude of
-one: far above what rounding does to a semidefinite matrix, also when it was formed in float32."""
 
 
 def screen(data: dict[str, Tensor]) -> InstancePoint | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from diffopt import kkt
 from diffopt.backends.base import Backend, Capabilities, RawPoint
 from diffopt.backends.registry import register
 from diffopt.errors import BackendUnsupported
+from diffopt.packed import Packed
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import Certificate, Status
 from diffopt.solvers import cpu_executor, cuda_executor, pdipm
@@ -24,18 +25,24 @@ class PdipmBackend(Backend):
 
     Works in float64 whatever the dtype of the data: float32 data gives float32 results, rounded once.
     `Settings.executor` chooses who does the work; ``Solution.executor`` names who did, and the reduction. Instances
-    that a compiled executor leaves are solved one by one in torch operations, so that each gets the same bits whatever
-    its neighbours are.
+    that a compiled executor leaves are solved in torch operations.
     """
 
-    can = Capabilities(forms=(QPForm,), devices=frozenset({"cpu", "cuda"}), batched=True, accuracy=1e-9, priority=100)
+    can = Capabilities(
+        forms=(QPForm,),
+        devices=frozenset({"cpu", "cuda"}),
+        batched=True,
+        accuracy=1e-9,
+        asynchronous=True,
+        priority=100,
+    )
 
     def solve(self, form: Form, settings: Settings, keep: bool = False) -> kkt.Solved:
         """Solve a batch; see `Backend.solve`. A compiled executor recomputes the residuals itself."""
         assert isinstance(form, QPForm)
-        data = Data(form.Q, form.q, form.A, form.b, form.G, form.h, form.lower, form.upper, form.batch_shape)
-        # Who solves, and how accurately, follows from shapes and settings: decided once for both.
         notes = form.signature.notes
+        data = Data(form.Q, form.q, form.A, form.b, form.G, form.h, form.lower, form.upper, form.batch_shape, notes)
+        # Who solves, and how accurately, follows from shapes and settings: decided once for both.
         plan: _Plan | None = notes.get("pdipm")
         if plan is None or plan.settings is not settings:
             executor = _executor(data, settings)
@@ -45,31 +52,41 @@ class PdipmBackend(Backend):
         if executor is None:
             return super().solve(form, settings)
         answer = executor.solve(data, settings, plan.tolerance, plan.weak_tolerance, keep)
-        others = () if answer.unsolved == 0 else self._solve_rest(form, settings, answer)
-        name = "+".join([answer.name, *sorted({one.executor for _, one in others})]) if others else answer.name
-        found = kkt.Solved(
-            kkt.Point(answer.x, answer.s, answer.nu, answer.lam, answer.lam_lower, answer.lam_upper),
-            answer.status, answer.residuals, _certificates(form, answer.certificate, others), self.name, name,
-            counts=answer.counts, others=others, solved=answer.unsolved == 0,
+        others = self._solve_rest(form, settings, answer) if answer.unsolved and settings.sync else ()
+        name = "+".join([answer.name, *sorted({rest.found.executor for rest in others})]) if others else answer.name
+        return kkt.Solved(
+            None, None, None, _certificates(form, answer.certificate, others), self.name, name,
+            pullback=_pullback(executor, data, answer.saved) if keep else None,
+            others=others, solved=answer.unsolved == 0, packed=answer.packed, sync=settings.sync,
         )  # fmt: skip
-        return found._replace(pullback=_pullback(executor, data, answer)) if keep else found
 
-    def _solve_rest(self, form: QPForm, settings: Settings, answer: Answer) -> tuple[tuple[int, kkt.Solved], ...]:
-        """Solve what the executor left by torch operations, into its answer; return each on its own, too."""
+    def _solve_rest(self, form: QPForm, settings: Settings, answer: Answer) -> tuple[kkt.Rest, ...]:
+        """Solve what the executor left by torch operations, into its answer; return it on its own, too.
+
+        Parts of the batch are solved, of which shapes alone decide. So an instance has the same neighbours there
+        whichever of them are left, and nothing of theirs changes a bit of its result.
+        """
         shape = form.batch_shape
         count = shape.numel()
-        flat = [v.view(count, *v.shape[len(shape) :]) for v in answer[:7]]
-        residuals, counts = answer.residuals.view(3, count), answer.counts.view(3, count)
+        packed = answer.packed
+        flat = [v.view(count, v.shape[-1]) for v in packed.vectors()]
+        residuals, counts, (status,) = (v.view(-1, count) for v in (packed.residuals, packed.counts, packed.status))
+        left, size = status == Status.UNSOLVED, _part(form)
         others = []
-        for index in (flat[6] == Status.UNSOLVED).nonzero().flatten().tolist():
-            found = super().solve(form.instance(index), settings)
-            x, s, nu, lam, lower, upper = found.point
-            for target, value in zip(flat, (x, s, lam, nu, lower, upper, found.status), strict=True):
-                target[index] = value
-            residuals[:, index] = found.residuals
+        for begin in range(0, count, size):
+            end = min(begin + size, count)
+            mine = left[begin:end]
+            if not bool(mine.any()):
+                continue
+            # (Whether there is a factor for the reverse pass does depend on all instances.)
+            found = super().solve(form.part(begin, end), settings).replace(system=None)
+            for target, value in zip(flat, found.point, strict=True):
+                _put(target[begin:end], value, mine.unsqueeze(-1))
+            _put(status[begin:end], found.status, mine)
+            _put(residuals[:, begin:end], found.residuals.to(residuals.dtype), mine)
             assert found.iterations is not None
-            counts[0, index] = found.iterations
-            others.append((index, found))
+            _put(counts[0, begin:end], found.iterations, mine)
+            others.append(kkt.Rest(begin, end, mine, found))
         return tuple(others)
 
     def _solve(self, form: Form, settings: Settings) -> RawPoint:
@@ -131,36 +148,49 @@ def _executor(data: Data, settings: Settings) -> Executor | None:
     return None
 
 
-def _certificates(
-    form: QPForm, known: Certificate | None, others: tuple[tuple[int, kkt.Solved], ...]
-) -> Certificate | None:
-    if all(one.certificate is None for _, one in others):
+MOST_AT_ONCE = 256
+"""Instances that an executor has left, or that stand beside such, which torch operations solve at a time."""
+
+NUMBERS_AT_ONCE = 2**25
+"""Numbers in one KKT matrix of each of them, at most: a dozen or so such tensors live at a time."""
+
+
+def _part(form: QPForm) -> int:
+    """Return how many instances torch operations solve at a time, which is the same for all values of the data."""
+    size = form.n + form.p + form.m
+    return max(1, min(MOST_AT_ONCE, NUMBERS_AT_ONCE // size**2))
+
+
+def _put(target: Tensor, value: Tensor, where: Tensor) -> None:
+    target.copy_(torch.where(where, value, target))
+
+
+def _certificates(form: QPForm, known: Certificate | None, others: tuple[kkt.Rest, ...]) -> Certificate | None:
+    if all(rest.found.certificate is None for rest in others):
         return known
     sizes = {"x": form.n, "nu": form.p, "lam": form.m, "lam_lower": form.n, "lam_upper": form.n}
     count = form.batch_shape.numel()
     rows = {name: form.q.new_full((count, size), torch.nan) for name, size in sizes.items()}
-    for index, one in others:
-        if one.certificate is not None:
-            for target, value in zip(rows.values(), one.certificate, strict=True):
-                target[index] = value
+    for begin, end, mine, found in others:
+        if found.certificate is not None:
+            for target, value in zip(rows.values(), found.certificate, strict=True):
+                _put(target[begin:end], value, mine.unsqueeze(-1))
     return Certificate(**{name: row.view(*form.batch_shape, sizes[name]) for name, row in rows.items()})
 
 
-def _pullback(executor: Executor, data: Data, answer: Answer) -> kkt.Pullback:
-    # Without the outputs themselves: the graph of the outputs will hold this, and must not hold itself.
-    none = answer.x.new_empty(0)
-    empty = answer._replace(x=none, s=none, lam=none, nu=none, lam_lower=none, lam_upper=none)
-    present = [tensor is not None for tensor in data.tensors()]
-
+def _pullback(executor: Executor, data: Data, saved: Any) -> kkt.Pullback:
     def run(
-        point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+        point: kkt.Point | Packed, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        full = empty._replace(**point._asdict())
-        for_x, for_s, for_nu, for_lam, for_lower, for_upper = gradients
-        wants = iter(needed)
-        incoming = (for_x, for_s, for_lam, for_nu, for_lower, for_upper)
-        found = executor.pullback(data, full, incoming, tuple(here and next(wants) for here in present))
-        return tuple(gradient for gradient, here in zip(found, present, strict=True) if here)
+        # (A form has no tensors for absent bounds, and bounds come last.)
+        lower, upper = data.lower is not None, data.upper is not None
+        if lower and upper:
+            return executor.pullback(data, saved, point, gradients, needed)
+        if upper:
+            found = executor.pullback(data, saved, point, gradients, (*needed[:-1], False, needed[-1]))
+            return (*found[:-2], found[-1])
+        absent = (False,) if lower else (False, False)
+        return executor.pullback(data, saved, point, gradients, (*needed, *absent))[: len(needed)]
 
     return kkt.Pullback(run)
 

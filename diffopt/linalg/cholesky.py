@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffopt import waiting
+
 
 def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return lower factors of ``(*batch, k, k)`` matrices, and ``(*batch,)`` True where one failed.
@@ -14,7 +16,7 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     failed = (info != 0) | ~torch.isfinite(pivots).all(-1)
-    if bool(failed.any()):
+    if waiting.some(failed):
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         # In place: a copy may be laid out otherwise, and other kernels would change the neighbours' last bits.
         factor.copy_(torch.where(failed[..., None, None], eye, factor))

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt import waiting
 from diffopt.linalg.cholesky import add_diagonal, cholesky, cholesky_solve, lower_solve, pivots, upper_solve_vector
 from diffopt.linalg.matrices import DiagonalPlusLowRank, SymmetricMatrix
 from diffopt.shapes import matvec, max_abs, rmatvec
@@ -201,16 +202,19 @@ class Factor:
         best = self.raw(r)
         residual = r.minus(self.apply(best))
         error = residual.max_abs()
+        # (An instance that has settled stays as it is: how long its neighbours take is nothing to it.)
+        settled = torch.zeros_like(error, dtype=torch.bool)
         for _ in range(most):
             u = best.plus(self.raw(residual))
             again = r.minus(self.apply(u))
             worse = again.max_abs()
-            better = worse < error
+            better = (worse < error) & ~settled
             best, residual = u.where(better, best), again.where(better, residual)
             gain = torch.where(better, worse / error, 1.0)
             error = torch.where(better, worse, error)
             # Where the residual is already rounding error, or hardly falls any more, stop.
-            if bool(((error <= floor * (size + best.max_abs())) | (gain > 0.5)).all()):
+            settled = settled | (error <= floor * (size + best.max_abs())) | (gain > 0.5)
+            if waiting.every(settled):
                 break
         return best, torch.where(size > 0, error / torch.where(size > 0, size, 1.0), 0.0)
 
@@ -242,7 +246,7 @@ def solve_minimum_norm(factor: Factor, r: Blocks) -> tuple[Blocks, Tensor]:
     by `Shift`: callers choose it so that lengths are those of the original units.
     """
     dependent = factor.dependent() > 0
-    if not bool(dependent.any()):
+    if not waiting.some(dependent):
         return factor.solve_accurately(r)
     r = factor.mask(r)
     u, residual = factor.solve_accurately(factor.consistent_part(r).where(dependent, r))

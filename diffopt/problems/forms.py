@@ -15,6 +15,7 @@ from torch import Tensor
 from diffopt.cones import Cone, NonnegativeCone
 from diffopt.errors import ParameterError, ShapeError
 from diffopt.linalg.matrices import Dense, Diagonal, SymmetricMatrix
+from diffopt.modes import transforming
 from diffopt.shapes import broadcast_batch, check_same_kind, matvec
 
 
@@ -98,6 +99,17 @@ class Signature:
         self.dtype, self.device, self.batch_shape = dtype, device, batch_shape
         self.cone = NonnegativeCone(m)
         self.notes: dict[Any, Any] = {}
+        self._no_rows: tuple[Tensor, Tensor] | None = None
+
+    def no_rows(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the matrix and the side of constraints of which there are none."""
+        if self._no_rows is not None:
+            return self._no_rows
+        made = _no_rows(q.shape[-1], q)
+        # A tensor made inside a transform or in inference mode is of no use outside.
+        if not (transforming() or torch.is_inference_mode_enabled()):
+            self._no_rows = made
+        return made
 
 
 MOST_SIGNATURES = 1000
@@ -155,8 +167,8 @@ class QPForm(Form):
                 _signatures[key] = known
         else:
             self.n, self.q, self.Q = q.shape[-1], q, Dense(Q)  # type: ignore[arg-type]
-            self.A, self.b = (A, b) if A is not None else _no_rows(self.n, q)  # type: ignore[assignment]
-            self.G, self.h = (G, h) if G is not None else _no_rows(self.n, q)  # type: ignore[assignment]
+            self.A, self.b = (A, b) if A is not None else known.no_rows(q)  # type: ignore[assignment]
+            self.G, self.h = (G, h) if G is not None else known.no_rows(q)  # type: ignore[assignment]
             self.lower, self.upper = lower, upper  # type: ignore[assignment]
             self.p, self.m = self.A.shape[-2], self.G.shape[-2]
             self.cone = known.cone
@@ -238,16 +250,18 @@ class QPForm(Form):
         cone = None if self.cone is self.signature.cone else self.cone
         return QPForm(Q, twin.q, twin.A, twin.b, twin.G, twin.h, twin.lower, twin.upper, cone)
 
-    def instance(self, index: int) -> QPForm:
-        """Return the problem of one instance, by its place in the flattened batch, without batch dimensions."""
-        place = torch.unravel_index(torch.tensor(index), self.batch_shape) if self.batch_shape else ()
-        place = tuple(int(i) for i in place)
-        tensors = {}
+    def part(self, begin: int, end: int) -> QPForm:
+        """Return the problems at these places of the flattened batch, as a batch of one dimension; what all instances
+        share has none."""
+        count, tensors = self.batch_shape.numel(), {}
         for (name, tensor), dims in zip(self.tensors().items(), self.core_dims(), strict=True):
-            core = tensor.shape[tensor.dim() - dims :]
-            tensors[name] = tensor.expand(*self.batch_shape, *core)[place]
+            lead, core = tensor.shape[: tensor.dim() - dims], tensor.shape[tensor.dim() - dims :]
+            if lead.numel() == 1:
+                tensors[name] = tensor.reshape(core)
+            else:
+                tensors[name] = tensor.expand(*self.batch_shape, *core).reshape(count, *core)[begin:end]
         twin = self.with_tensors(tensors)
-        twin.batch_shape = torch.Size()
+        twin.batch_shape = torch.Size((end - begin,))
         twin.signature = Signature(self.dtype, self.device, twin.batch_shape, self.m)
         return twin
 
@@ -327,7 +341,6 @@ def _key(Q: object, q: object, *rest: object) -> tuple[object, ...] | None:
 
 
 def _no_rows(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    # Made anew each time: a tensor kept from inside a transform, or a trace, is of no use outside it.
     options: Any = {"dtype": like.dtype, "device": like.device}
     return torch.empty((0, n), **options), torch.empty((0,), **options)
 

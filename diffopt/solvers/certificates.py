@@ -24,6 +24,9 @@ from diffopt.solvers.scaled_qp import ScaledQP, State, fall
 TOLERANCE = 1e-8
 """Largest error of a normalised certificate, in equilibrated units, for which it is claimed."""
 
+FLAT = 1e-12
+"""Curvature along a direction, relative to its length, that is nothing but rounding error."""
+
 
 class Proof(NamedTuple):
     """``holds`` ``(*batch,)``; ``ray``: the normalised direction, in equilibrated units, zero where none."""
@@ -62,12 +65,19 @@ def check_primal(qp: ScaledQP, state: State, run: Tensor) -> Proof:
     return Proof(holds, ray)
 
 
-def check_dual(qp: ScaledQP, direction: Tensor, run: Tensor) -> Proof:
-    """Check a direction as a proof of unboundedness, normalised to q'x = -1."""
+def check_dual(qp: ScaledQP, direction: Tensor, run: Tensor, convex: Tensor) -> Proof:
+    """Check a direction as a proof of unboundedness, normalised to q'x = -1.
+
+    Args:
+        convex: ``(*batch,)`` where Q seems to be definite. Such an objective is bounded below, whatever a direction of
+            tiny curvature suggests; one of none at all shows that the pivots took a singular Q for a definite one.
+    """
     slope = fall(qp.q * direction)
     scale = torch.where(slope > 0, 1 / torch.where(slope > 0, slope, 1.0), 0.0).unsqueeze(-1)
     v = direction * scale
-    error = torch.maximum(max_abs(qp.Q.matvec(v)), max_abs(matvec(qp.A, v)))
+    bend = max_abs(qp.Q.matvec(v))
+    run = run & (~convex | (bend <= FLAT * max_abs(v)))
+    error = torch.maximum(bend, max_abs(matvec(qp.A, v)))
     error = torch.maximum(error, max_abs(torch.where(qp.on, qp.apply_C(v), 0.0).clamp_min(0)))
     if qp.fixed.shape[-1]:
         error = torch.maximum(error, max_abs(torch.where(qp.fixed, v, 0.0)))

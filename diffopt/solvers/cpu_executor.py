@@ -10,19 +10,20 @@ order of the structures in ``cpu/batch.hpp``, which is cheaper to write than cty
 from __future__ import annotations
 
 import ctypes
-import math
 import struct
 import sys
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffopt.errors import BackendError
 from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank
+from diffopt.packed import Arrangement, Packed
 from diffopt.solution import ALMOST, Certificate, Status
 from diffopt.solvers import library
-from diffopt.solvers.executor import Answer, Data, Executor
+from diffopt.solvers.executor import Answer, Data, Executor, Point
 from diffopt.solvers.settings import Settings
 
 LANES_UP_TO = 32
@@ -35,10 +36,12 @@ MOST_LAYOUTS = 1000
 """Combinations of shapes that are remembered."""
 
 _REDUCTIONS = {"auto": 0, "dual": 1, "diagonal": 2, "primal": 3}
-_CALL = struct.Struct("25q14q4d6q")
+_HEAD = struct.Struct("7q")
+_CALL = struct.Struct("18q14q4d6q")
 _GRADIENTS = struct.Struct("15q")
 _COUNT = (1 << 40) - 1
 _WAYS = {1: "dual", 2: "diagonal", 4: "primal"}
+_NAMES = ["cpu:" + "+".join(name for bit, name in _WAYS.items() if ways & bit) for ways in range(8)]
 _HESSIANS = {Dense: 0, Diagonal: 1, DiagonalPlusLowRank: 2}
 
 
@@ -69,10 +72,8 @@ _lent: list[torch.UntypedStorage] = []
 _references: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
-def _new_gradient(like: Tensor, *shape: int) -> Tensor:
-    """Return a new tensor; a large one may get the memory of one that is gone."""
-    count = math.prod(shape)
-    size = count * like.element_size()
+def _new_gradient(like: Tensor, shape: torch.Size, size: int) -> Tensor:
+    """Return a new tensor of so many bytes; a large one may get the memory of one that is gone."""
     if size < LARGE or _references is None:
         return like.new_empty(shape)
     found = None
@@ -88,19 +89,19 @@ def _new_gradient(like: Tensor, *shape: int) -> Tensor:
             _lent.append(storage)
     if found is None:
         found = torch.UntypedStorage(size)
-    gradient = like.new_empty(0).set_(found, 0, torch.Size(shape))  # type: ignore[call-overload]
+    gradient = like.new_empty(0).set_(found, 0, shape)  # type: ignore[call-overload]
     if sum(storage.nbytes() for storage in _lent) + found.nbytes() <= 2**28:
         _lent.append(found)
     return gradient
 
 
 class Saved:
-    """What a solve keeps for its pullback: its records, and what it passed to the library and how."""
+    """What a solve keeps for its pullback: its records, what it passed to the library and how, and its report."""
 
-    __slots__ = ("__weakref__", "call", "kept", "layout", "records")
+    __slots__ = ("__weakref__", "call", "kept", "layout", "records", "report")
 
-    def __init__(self, records: Tensor, kept: tuple[Tensor, ...], layout: _Layout, call: bytes) -> None:
-        self.records, self.kept, self.layout, self.call = records, kept, layout, call
+    def __init__(self, records: Tensor, kept: list[Tensor], layout: _Layout, call: bytes, report: Tensor) -> None:
+        self.records, self.kept, self.layout, self.call, self.report = records, kept, layout, call, report
 
     def __del__(self, give_back: Callable[[Tensor], None] = _give_back) -> None:
         give_back(self.records)  # (bound early: at the end of the process modules are emptied)
@@ -136,40 +137,34 @@ class CpuExecutor(Executor):
         """See `Executor`."""
         layout = self._layout(data)
         kept, pointers = layout.pointers(data)
-        count, (n, p, m), batch, q = layout.count, layout.sizes, data.batch, data.q
-        x, s, lam = q.new_empty((*batch, n)), q.new_empty((*batch, m)), q.new_empty((*batch, m))
-        nu, lower, upper = q.new_empty((*batch, p)), q.new_empty((*batch, n)), q.new_empty((*batch, n))
-        status = torch.empty(batch, dtype=torch.int8)
-        counts = torch.empty((3, *batch), dtype=torch.int64)
-        residuals = torch.empty((3, *batch), dtype=torch.float64)
+        count = layout.count
+        packed = Packed.empty(layout.arrangement, data.q)
+        x, s, nu, lam, lower, upper, residuals, counts, status = packed.places()
         saved, size, once, at_saved, at_once = None, 0, 0, 0, 0
         if keep:
             size, once = layout.saved(self.handle, settings)
             saved = _take(count * size + once)
             at_saved = saved.data_ptr()
             at_once = at_saved + 8 * count * size if once else 0
-        at = counts.data_ptr()
-        claim = settings.tolerance_for(q.dtype)
-        call = _CALL.pack(
-            count, n, p, m, layout.rank, layout.hessian, layout.single, *pointers, *layout.strides,
-            x.data_ptr(), s.data_ptr(), lam.data_ptr(), nu.data_ptr(), lower.data_ptr(), upper.data_ptr(),
-            status.data_ptr(), at, at + 8 * count, at + 16 * count, residuals.data_ptr(), at_saved, at_once, size,
-            tolerance, weak_tolerance, claim, max(ALMOST, claim), settings.max_iterations,
-            _REDUCTIONS[settings.reduction], settings.polish, keep,
-            torch.get_num_threads(), LANES_UP_TO,
+        claim = settings.tolerance_for(data.q.dtype)
+        call = layout.head + _CALL.pack(
+            *pointers, *layout.strides,
+            x, s, lam, nu, lower, upper, status, counts, counts + 8 * count, counts + 16 * count, residuals,
+            at_saved, at_once, size,
+            tolerance, weak_tolerance, claim, claim if claim > ALMOST else ALMOST, settings.max_iterations,
+            _REDUCTIONS[settings.reduction], settings.polish, keep, torch.get_num_threads(), LANES_UP_TO,
         )  # fmt: skip
         unsolved, ways = 0, 0
         for begin, end in layout.slices:
             found = self._checked(self._solve(call, begin, end))
             unsolved += found & _COUNT
             ways |= found >> 40
-        certificate = None if unsolved == 0 else self._certificates(call, status, x, lam, nu)
-        record = None if saved is None else Saved(saved, kept, layout, call)
-        return Answer(
-            x, s, lam, nu, lower, upper, status, residuals, counts, unsolved, certificate, record, _name(ways)
-        )
+        certificate = self._certificates(call, packed) if unsolved > 0 and settings.sync else None
+        record = None if saved is None else Saved(saved, kept, layout, call, packed.report)
+        return Answer(packed, unsolved, certificate, record, _NAMES[ways])
 
-    def _certificates(self, call: bytes, status: Tensor, x: Tensor, lam: Tensor, nu: Tensor) -> Certificate | None:
+    def _certificates(self, call: bytes, packed: Packed) -> Certificate | None:
+        status, x, lam, nu = packed.status, packed.x, packed.lam, packed.nu
         flat = status.flatten()
         proven = ((flat == Status.PRIMAL_INFEASIBLE) | (flat == Status.DUAL_INFEASIBLE)).nonzero().flatten().tolist()
         if not proven:
@@ -182,48 +177,33 @@ class CpuExecutor(Executor):
         return Certificate(*(v.reshape(*status.shape, v.shape[-1]) for v in pieces))
 
     def pullback(
-        self, data: Data, answer: Answer, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+        self, data: Data, saved: Saved, point: Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """See `Executor`."""
-        saved: Saved = answer.saved
-        layout, batch = saved.layout, data.batch
-        incoming = [None if g is None else g.contiguous() for g in gradients]
-        like = answer.x
-        n, p, m = like.shape[-1], answer.nu.shape[-1], answer.lam.shape[-1]
-        Q_needed, *factor_needed, _, A_needed, _, G_needed, _, lower_needed, upper_needed = needed
-        Q_shared, _, _, A_shared, _, G_shared, *_ = layout.shared
-        dq, db, dh = like.new_empty(*batch, n), like.new_empty(*batch, p), like.new_empty(*batch, m)
-        dlower = like.new_empty(*batch, n) if lower_needed else None
-        dupper = like.new_empty(*batch, n) if upper_needed else None
-        dense = layout.hessian == 0
-        dQ = _new_gradient(like, *batch, n, *([n] * dense)) if Q_needed and not (Q_shared and dense) else None
-        dF = _new_gradient(like, *batch, n, layout.rank) if any(factor_needed) else None
-        dA = _new_gradient(like, *batch, p, n) if A_needed and not A_shared else None
-        dG = _new_gradient(like, *batch, m, n) if G_needed and not G_shared else None
-        packed = _GRADIENTS.pack(*map(_pointer, (*incoming, dQ, dq, dA, db, dG, dh, dlower, dupper, dF)))
+        layout = saved.layout
+        x, s, nu, lam, lower, upper = [g if g is None or g.is_contiguous() else g.contiguous() for g in gradients]
+        way = layout.reverse(needed)
+        found = [None if shape is None else _new_gradient(data.q, shape, size) for shape, size in way.shapes]
+        packed = _GRADIENTS.pack(*[0 if v is None else v.data_ptr() for v in (x, s, lam, nu, lower, upper, *found)])
         for begin, end in layout.slices:
             self._checked(self._pullback(saved.call, packed, torch.get_num_threads(), begin, end))
-        if (Q_needed and Q_shared and dense) or (A_needed and A_shared) or (G_needed and G_shared):
-            # A shared matrix collects the outer products of all instances: one matrix product. (The gradients of an
-            # instance that failed are zero, or NaN if they were asked for: NaN in the product, then.)
-            usable = ((answer.status == Status.SOLVED) | (answer.status == Status.ALMOST_SOLVED)).unsqueeze(-1)
-            x, nu, lam = (torch.where(usable, v, 0.0).flatten(0, -2) for v in (answer.x, answer.nu, answer.lam))
-            flat_q, flat_b, flat_h = (v.flatten(0, -2) for v in (dq, db, dh))
-            if Q_needed and Q_shared and dense:
-                half = flat_q.mT @ x
-                dQ = 0.5 * (half + half.mT)
-            if A_needed and A_shared:
-                dA = nu.mT @ flat_q - flat_b.mT @ x
-            if G_needed and G_shared:
-                dG = lam.mT @ flat_q - flat_h.mT @ x
-        found = (dQ, *([dF] if factor_needed else []), dq, dA, db, dG, dh, dlower, dupper)
-        return tuple(
-            _in_shape_of(tensor, gradient) if wanted and gradient is not None and tensor is not None else None
-            for gradient, tensor, wanted in zip(found, data.tensors(), needed, strict=True)
-        )
+        if way.collected:
+            _collect(layout, saved.report, point, way.collected, found)
+        dQ, dq, dA, db, dG, dh, dlower, dupper, dF = found
+        pieces = (dQ, dF) if len(way.wanted) == 9 else (dQ,)
+        return tuple([
+            _in_shape_of(tensor, gradient) if wanted and tensor is not None else None
+            for gradient, tensor, wanted in zip(
+                (*pieces, dq, dA, db, dG, dh, dlower, dupper), data.tensors(), way.wanted, strict=True
+            )
+        ])  # fmt: skip
 
     def _layout(self, data: Data) -> _Layout:
-        Q, q, A, b, G, h, lower, upper, batch = data
+        notes: dict[Any, _Layout] = {} if data.notes is None else data.notes
+        noted = notes.get(self)  # (another library keeps other records)
+        if noted is not None:
+            return noted
+        Q, q, A, b, G, h, lower, upper, batch, _ = data
         key = (
             batch, q.dtype, type(Q), *[t.shape for t in Q.tensors()], q.shape, A.shape, b.shape, G.shape, h.shape,
             None if lower is None else lower.shape, None if upper is None else upper.shape,
@@ -233,6 +213,7 @@ class CpuExecutor(Executor):
             if len(self._layouts) >= MOST_LAYOUTS:
                 self._layouts.clear()
             known = self._layouts[key] = _Layout(data)
+        notes[self] = known
         return known
 
     @staticmethod
@@ -242,8 +223,10 @@ class CpuExecutor(Executor):
         return code
 
 
-def _in_shape_of(tensor: Tensor, gradient: Tensor) -> Tensor:
-    """Return a gradient summed over what the tensor was broadcast along."""
+def _in_shape_of(tensor: Tensor, gradient: Tensor | None) -> Tensor:
+    """Return a gradient summed over what the tensor was broadcast along; ``None`` is that of no entries."""
+    if gradient is None:
+        return torch.zeros_like(tensor)
     if gradient.shape == tensor.shape:
         return gradient
     if gradient.numel() == tensor.numel():
@@ -251,8 +234,38 @@ def _in_shape_of(tensor: Tensor, gradient: Tensor) -> Tensor:
     return gradient.sum_to_size(tensor.shape)
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+class _Reverse(NamedTuple):
+    """What of a pullback depends on shapes, and on which gradients are wanted, alone.
+
+    ``shapes``: of what the library writes for Q, q, A, b, G, h, lower, upper and the low-rank factor, and their bytes;
+    ``None`` is not written. ``collected``: the shared matrices ("Q", "A", "G") whose gradient is a product of what is
+    written. ``wanted``: for each of `Data.tensors`.
+    """
+
+    shapes: tuple[tuple[torch.Size | None, int], ...]
+    collected: tuple[str, ...]
+    wanted: tuple[bool, ...]
+
+
+def _collect(layout: _Layout, report: Tensor, point: Point, which: tuple[str, ...], found: list[Tensor | None]) -> None:
+    """Write the gradients of shared matrices into ``found``: the sums of the outer products of all instances."""
+    # (The gradients of an instance that failed are zero, or NaN if they were asked for: NaN in the product, then.)
+    status = layout.arrangement.status(report)
+    usable = ((status == Status.SOLVED) | (status == Status.ALMOST_SOLVED)).unsqueeze(-1)
+
+    def flat(v: Tensor) -> Tensor:
+        return torch.where(usable, v, 0.0).flatten(0, -2)
+
+    _, dq, _, db, _, dh, *_ = found
+    assert dq is not None
+    x, slope = flat(point.x), dq.flatten(0, -2)
+    if "Q" in which:
+        half = slope.mT @ x
+        found[0] = 0.5 * (half + half.mT)
+    if "A" in which and db is not None:
+        found[2] = flat(point.nu).mT @ slope - db.flatten(0, -2).mT @ x
+    if "G" in which and dh is not None:
+        found[4] = flat(point.lam).mT @ slope - dh.flatten(0, -2).mT @ x
 
 
 class _Layout:
@@ -260,7 +273,9 @@ class _Layout:
 
     Attributes:
         count, sizes: instances; (n, p, m).
-        single: whether the data is float32.
+        head: the first numbers of a call.
+        arrangement: of the answer.
+        width: bytes of a number.
         slices: the ranges of instances, one for each call into the library.
         shared: for each field of the C structure, whether all instances share it.
         present: for each field 1 if there is one, else 0.
@@ -272,13 +287,16 @@ class _Layout:
         self.sizes = n, p, m = data.q.shape[-1], data.A.shape[-2], data.G.shape[-2]
         self.hessian = _HESSIANS[type(data.Q)]
         self.rank = data.Q.tensors()[1].shape[-1] if self.hessian == 2 else 0
-        self.single = data.q.dtype == torch.float32
+        self.head = _HEAD.pack(count, n, p, m, self.rank, self.hessian, data.q.dtype == torch.float32)
         self.slices = tuple(_slices(count, n, p, m))
+        self.arrangement = Arrangement(data.batch, n, p, m)
         self.shared: list[bool] = []
         self.strides: list[int] = []
         self._expand: list[torch.Size | None] = []
         self.present = [int(tensor is not None) for tensor in _fields(data)]
+        self.width = data.q.element_size()
         self._saved: dict[object, tuple[int, int]] = {}
+        self._reverse: dict[tuple[bool, ...], _Reverse] = {}
         for tensor, dims in zip(_fields(data), (1 if self.hessian else 2, 2, 1, 2, 1, 2, 1, 1, 1), strict=True):
             if tensor is None:
                 self.shared.append(True)
@@ -292,8 +310,37 @@ class _Layout:
             self.strides.append(core.numel() if own else 0)
             self._expand.append(torch.Size((*data.batch, *core)) if own and lead.numel() != count else None)
 
-    def pointers(self, data: Data) -> tuple[tuple[Tensor, ...], list[int]]:
-        """Return the tensors to keep alive (contiguous copies among them), and where each field's data lies."""
+    def reverse(self, needed: tuple[bool, ...]) -> _Reverse:
+        """Return how the pullback goes for these gradients."""
+        known = self._reverse.get(needed)
+        if known is None:
+            Q, *factor, _, A, _, G, _, lower, upper = needed
+            Q_shared, _, _, A_shared, _, G_shared, *_ = self.shared
+            dense = self.hessian == 0
+            n, p, m = self.sizes
+            # (Those of vectors without bounds are always written.)
+            wanted: list[tuple[int, ...] | None] = [
+                ((n, n) if dense else (n,)) if Q and not (Q_shared and dense) else None,
+                (n,),
+                (p, n) if A and not A_shared else None,
+                (p,) if p else None,
+                (m, n) if G and not G_shared else None,
+                (m,) if m else None,
+                (n,) if lower else None,
+                (n,) if upper else None,
+                (n, self.rank) if any(factor) else None,
+            ]
+            shapes = tuple(None if core is None else torch.Size((*self.arrangement.batch, *core)) for core in wanted)
+            collected = {"Q": Q and Q_shared and dense, "A": A and A_shared and p > 0, "G": G and G_shared and m > 0}
+            known = self._reverse[needed] = _Reverse(
+                tuple((shape, 0 if shape is None else self.width * shape.numel()) for shape in shapes),
+                tuple(name for name, here in collected.items() if here),
+                needed,
+            )
+        return known
+
+    def pointers(self, data: Data) -> tuple[list[Tensor], list[int]]:
+        """Return the copies to keep alive, of what is not contiguous, and where each field's data lies."""
         kept: list[Tensor] = []
         pointers: list[int] = []
         for tensor, expand in zip(_fields(data), self._expand, strict=True):
@@ -301,20 +348,20 @@ class _Layout:
                 pointers.append(0)  # an absent side; an empty matrix need not have any memory either
                 continue
             if expand is not None:
-                tensor = tensor.expand(expand)
+                tensor = tensor.detach().expand(expand)
             if not tensor.is_contiguous():
-                tensor = tensor.contiguous()
-            kept.append(tensor)
+                tensor = tensor.detach().contiguous()
+                kept.append(tensor)
             pointers.append(tensor.data_ptr())
-        return tuple(kept), pointers
+        return kept, pointers
 
     def saved(self, handle: ctypes.CDLL, settings: Settings) -> tuple[int, int]:
         """Return how many numbers a solve keeps of each instance, and once for all."""
         key = settings.polish, settings.reduction
         known = self._saved.get(key)
         if known is None:
-            call = _CALL.pack(
-                self.count, *self.sizes, self.rank, self.hessian, 0, *self.present, *self.strides, *[0] * 14,
+            call = self.head + _CALL.pack(
+                *self.present, *self.strides, *[0] * 14,
                 0.0, 0.0, 0.0, 0.0, 0, _REDUCTIONS[settings.reduction], settings.polish, 0, 0, LANES_UP_TO,
             )  # fmt: skip
             known = self._saved[key] = handle.diffopt_saved_size(call, 0), handle.diffopt_saved_size(call, 1)
@@ -325,10 +372,6 @@ def _fields(data: Data) -> tuple[Tensor | None, ...]:
     """Return the tensors in the order of the C structure: the low-rank factor of Q is second."""
     Q, *factor = data.Q.tensors()
     return Q, (factor[0] if factor else None), *data[1:8]
-
-
-def _name(ways: int) -> str:
-    return "cpu:" + "+".join(name for bit, name in _WAYS.items() if ways & bit)
 
 
 def _slices(count: int, n: int, p: int, m: int) -> list[tuple[int, int]]:

@@ -2,7 +2,8 @@
 
 The kernels are text (``cuda/``) that NVRTC compiles at run time, once in a process for each kernel, dtype and kind of
 device. A problem is solved by one block, or one warp of it where it is small, with everything it iterates on in shared
-memory. Nothing waits for the device but the reading of how many instances are left unsolved.
+memory; the matrices of a large one lie in global memory, and so in the cache. Nothing waits for the device but the
+reading of how many instances are left unsolved.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from diffopt.errors import CompiledExecutorWarning
 from diffopt.linalg.matrices import Dense
-from diffopt.solvers.executor import Answer, Data, Executor
+from diffopt.packed import Arrangement, Packed
+from diffopt.solvers.executor import Answer, Data, Executor, Point
 from diffopt.solvers.settings import Settings
 
 SOURCES = Path(__file__).parent / "cuda"
@@ -30,11 +32,20 @@ WIDEST = 1.9
 WARP_UP_TO = 32
 """Variables up to which a problem is left to one warp: a block would wait for its barriers most of the time."""
 
+MATRICES_SHARED = True
+"""Whether matrices that fit shared memory are there."""
+
 WARPS = 4
 """Problems of one warp each that share a block, where its shared memory holds so many."""
 
 MOST_THREADS = 256
 """Threads of the largest block; the kernels' launch bounds say the same."""
+
+MOST_REGISTERS, REGISTERS = 128, 65536
+"""Registers that a thread may have by the launch bounds, and that a multiprocessor has for all of its blocks."""
+
+RESERVED = 1024
+"""Bytes of shared memory that the system takes for each block, from compute capability 8.0 on."""
 
 
 class Sizes(NamedTuple):
@@ -72,23 +83,38 @@ class Sizes(NamedTuple):
     def _kkt(self) -> int:
         return 7 * self.n + 5 * self.p + 3 * self.c + 2 * self.m + 2 * self.all
 
-    def forward(self, threads: int) -> int:
-        """Return the doubles of shared memory of a team that solves."""
+    def forward(self, threads: int, large: bool = False) -> int:
+        """Return the doubles of shared memory of a team that solves; without the matrices if ``large``."""
         n, p, m, c = self.n, self.p, self.m, self.c
         regions = max(_triangle(n), _triangle(self.all)) + max(self._columns, _triangle(c) + _triangle(n))
         rows = m + n * self.lower + n * self.upper
-        return regions + self._kkt + 3 * n + 3 * p + m + 7 * c + 6 * rows + (5 * c + 1) // 2 + threads + 1
+        return (
+            (0 if large else regions)
+            + self._kkt
+            + 3 * n
+            + 3 * p
+            + m
+            + 7 * c
+            + 6 * rows
+            + (5 * c + 1) // 2
+            + threads
+            + 1
+        )
 
-    def backward(self, threads: int) -> int:
+    def backward(self, threads: int, large: bool = False) -> int:
         """Return those of a team that differentiates."""
         n, p, m, c = self.n, self.p, self.m, self.c
         factors = _triangle(n) + self._eliminated + _triangle(c)
-        return factors + self._kkt + 3 * n + 2 * p + 2 * m + 2 * c + threads + 1
+        return (0 if large else factors) + self._kkt + 3 * n + 2 * p + 2 * m + 2 * c + threads + 1
 
     def kept(self) -> int:
         """Return the doubles of global memory that an instance keeps."""
         n, p, m = self.n, self.p, self.m
         return _triangle(n) + self._columns + self._eliminated + _triangle(self.c) + 2 * n + 2 * p + 2 * m + 1
+
+    def workspace(self) -> int:
+        """Return the doubles of global memory that a team of the large variant works on."""
+        return _triangle(self.all)
 
 
 def _triangle(k: int) -> int:
@@ -102,6 +128,11 @@ class Shape(NamedTuple):
     threads: int
     problems: int
     words: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        return 8 * self.words * self.problems
 
 
 class Launcher(ABC):
@@ -117,6 +148,10 @@ class Launcher(ABC):
     @abstractmethod
     def shared_bytes(self, device: torch.device) -> int:
         """Return the most shared memory that a block can have."""
+
+    @abstractmethod
+    def at_a_time(self, device: torch.device, shape: Shape) -> int:
+        """Return about how many blocks run at a time: more would wait, and need memory meanwhile."""
 
     @abstractmethod
     def launch(
@@ -138,6 +173,8 @@ class CudaLauncher(Launcher):
 
     def missing(self) -> str | None:
         """See `Launcher`."""
+        if torch.version.hip is not None:
+            return "needs CUDA, and this torch is for ROCm"
         try:
             found = importlib.util.find_spec("cuda.core") is not None
         except ModuleNotFoundError:
@@ -151,18 +188,24 @@ class CudaLauncher(Launcher):
         """See `Launcher`."""
         return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
+    def at_a_time(self, device: torch.device, shape: Shape) -> int:  # pragma: cuda
+        """See `Launcher`."""
+        found = torch.cuda.get_device_properties(device)
+        by_memory = found.shared_memory_per_multiprocessor // (shape.shared + RESERVED)
+        by_registers = REGISTERS // (shape.threads * MOST_REGISTERS)
+        return found.multi_processor_count * max(1, min(by_memory, by_registers))
+
     def launch(  # pragma: cuda
         self, kernel: str, like: Tensor, grid: int, threads: int, shared: int, arguments: list[int | float]
     ) -> None:
         """See `Launcher`."""
-        from cuda.core import Device, LaunchConfig, launch  # pyright: ignore[reportMissingImports]
+        from cuda.core import Device, LaunchConfig, Stream, launch  # pyright: ignore[reportMissingImports]
 
         index = like.device.index
         with torch.cuda.device(index):
-            device = Device(index)
-            device.set_current()
+            Device(index).set_current()
             compiled = self._kernel(kernel, like.dtype, index)
-            stream = device.create_stream(torch.cuda.current_stream(index))
+            stream = Stream.from_handle(torch.cuda.current_stream(index).cuda_stream)
             launch(stream, LaunchConfig(grid=grid, block=threads, shmem_size=shared), compiled, *arguments)
 
     def _kernel(self, name: str, dtype: torch.dtype, index: int) -> Any:  # pragma: cuda
@@ -184,7 +227,8 @@ class CudaLauncher(Launcher):
         return self._kernels[key]
 
 
-KERNELS = ("diffopt_solve_block", "diffopt_solve_warp", "diffopt_pullback_block", "diffopt_pullback_warp")
+KERNELS = tuple(f"diffopt_{what}_{variant}" for what in ("solve", "pullback") for variant in ("block", "warp", "large"))
+"""In the order of the bits of ``DIFFOPT_ONLY``."""
 
 
 @cache
@@ -201,12 +245,14 @@ def compiled(name: str, dtype: torch.dtype, architecture: str) -> bytes:
 
 
 class Saved(NamedTuple):
-    """What a solve keeps for its pullback: its records, and the data as they were passed."""
+    """What a solve keeps for its pullback: its records, the data as they were passed, and whether what it left unsolved
+    has others to differentiate it."""
 
     kept: Tensor
     lists: Tensor
     sizes: Sizes
     fields: dict[str, _Field]
+    others: bool
 
 
 class CudaExecutor(Executor):
@@ -239,7 +285,7 @@ class CudaExecutor(Executor):
             return missing
         limit = self.launcher.shared_bytes(device)
         for backward in (False, True):
-            needed = 8 * self._shape(sizes, device, backward).words
+            needed = self._shape(sizes, device, backward).shared
             if needed > limit:
                 return f"needs {needed} bytes of shared memory for a problem of this size, the device has {limit}"
         return None
@@ -249,31 +295,37 @@ class CudaExecutor(Executor):
         sizes, batch, q = _sizes(data), data.batch, data.q
         count = batch.numel()
         fields = _fields(data)
-        x, s, lam = q.new_empty((*batch, sizes.n)), q.new_empty((*batch, sizes.m)), q.new_empty((*batch, sizes.m))
-        nu, lower, upper = q.new_empty((*batch, sizes.p)), torch.empty_like(x), torch.empty_like(x)
-        status = torch.empty(batch, dtype=torch.int8, device=q.device)
-        counts = torch.empty((3, *batch), dtype=torch.int64, device=q.device)
-        residuals = torch.empty((3, *batch), dtype=torch.float64, device=q.device)
+        packed = Packed.empty(Arrangement(batch, sizes.n, sizes.p, sizes.m), q)
+        x, s, nu, lam, lower, upper, residuals, counts, status = packed.places()
         unsolved = torch.zeros(1, dtype=torch.int32, device=q.device)
-        kept = torch.empty(count * sizes.kept(), dtype=torch.float64, device=q.device)
-        lists = torch.empty(count * (sizes.c + 1), dtype=torch.int32, device=q.device)
         shape = self._shape(sizes, q.device, backward=False)
+        # Without a pullback, and for the workspace, memory is needed for as many problems as run at a time only.
+        large = shape.variant == "large"
+        grid = -(-count // shape.problems)
+        if large or not keep:
+            grid = min(grid, self.launcher.at_a_time(q.device, shape))
+        teams = grid * shape.problems
+        records = count if keep else teams
+        kept = torch.empty(records * sizes.kept(), dtype=torch.float64, device=q.device)
+        lists = torch.empty(records * (sizes.c + 1), dtype=torch.int32, device=q.device)
+        workspace = kept.new_empty(teams * sizes.workspace()) if large else None
         if count:
             pairs = [v for name in ("Q", "q", "A", "b", "G", "h", "lower", "upper") for v in fields[name].pair()]
-            outputs = (kept, lists, x, s, lam, nu, lower, upper, status, counts, residuals, unsolved)
-            arguments: list[int | float] = [*pairs, sizes.n, sizes.p, sizes.m, count, *map(_pointer, outputs)]
-            arguments += [settings.max_iterations, float(tolerance), float(weak_tolerance)]
-            self._launch("solve", q, count, shape, arguments)
-        saved = Saved(kept, lists, sizes, fields) if keep else None
-        left = int(unsolved.item())
+            arguments: list[int | float] = [*pairs, sizes.n, sizes.p, sizes.m, count, kept.data_ptr(), lists.data_ptr()]
+            arguments += [int(keep), _pointer(workspace), x, s, lam, nu, lower, upper, status, counts, residuals]
+            claim = settings.tolerance_for(q.dtype)
+            arguments += [unsolved.data_ptr(), settings.max_iterations, float(tolerance), float(claim)]
+            arguments += [float(weak_tolerance)]
+            self._launch("solve", q, grid, shape, arguments)
+        saved = Saved(kept, lists, sizes, fields, others=settings.sync) if keep else None
+        left = int(unsolved.item()) if settings.sync else None
         name = f"cuda:{shape.variant}"
-        return Answer(x, s, lam, nu, lower, upper, status, residuals, counts, left, None, saved, name)
+        return Answer(packed, left, None, saved, name)
 
     def pullback(
-        self, data: Data, answer: Answer, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+        self, data: Data, saved: Saved, point: Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """See `Executor`."""
-        saved: Saved = answer.saved
         sizes, fields = saved.sizes, saved.fields
         n, p, m = sizes.n, sizes.p, sizes.m
         batch, q = data.batch, data.q
@@ -290,10 +342,12 @@ class CudaExecutor(Executor):
         vectors = q.new_empty((count, 2 * (n + p + m)), dtype=torch.float64) if collected else None
         if count:
             pairs = [v for name in ("Q", "A", "G", "h") for v in fields[name].pair()]
-            incoming = [None if g is None else g.contiguous() for g in gradients]
-            tensors = (saved.kept, saved.lists, *incoming, *found.values(), vectors)
-            arguments: list[int | float] = [*pairs, int(sizes.bounded), n, p, m, count, *map(_pointer, tensors)]
-            self._launch("pullback", q, count, self._shape(sizes, q.device, backward=True), arguments)
+            for_x, for_s, for_nu, for_lam, *for_bounds = [None if g is None else g.contiguous() for g in gradients]
+            tensors = (for_x, for_s, for_lam, for_nu, *for_bounds, *found.values(), vectors)
+            arguments: list[int | float] = [*pairs, int(sizes.bounded), n, p, m, count]
+            arguments += [saved.kept.data_ptr(), saved.lists.data_ptr(), int(saved.others), *map(_pointer, tensors)]
+            shape = self._shape(sizes, q.device, backward=True)
+            self._launch("pullback", q, -(-count // shape.problems), shape, arguments)
         if vectors is not None:
             y, y_eq, dh, lam, x, nu = vectors.split((n, p, m, m, n, p), -1)
             sums = {"Q": lambda: -0.5 * (y.mT @ x + x.mT @ y), "A": lambda: -(nu.mT @ y + y_eq.mT @ x)}
@@ -307,22 +361,21 @@ class CudaExecutor(Executor):
         )  # fmt: skip
 
     def _shape(self, sizes: Sizes, device: torch.device, backward: bool) -> Shape:
-        def words(threads: int) -> int:
-            return sizes.backward(threads) if backward else sizes.forward(threads)
-
-        warp = self.launcher.warp
-        if sizes.n <= WARP_UP_TO:
-            fit = self.launcher.shared_bytes(device) // (8 * words(warp))
-            problems = max(1, min(WARPS, fit))
+        words = sizes.backward if backward else sizes.forward
+        warp, limit = self.launcher.warp, self.launcher.shared_bytes(device)
+        fit = limit // (8 * words(warp))
+        if sizes.n <= WARP_UP_TO and fit:
+            problems = min(WARPS, fit)
             return Shape("warp", warp * problems, problems, words(warp))
         threads = MOST_THREADS if max(sizes.n, sizes.all) > 48 else MOST_THREADS // 2
-        return Shape("block", threads, 1, words(threads))
+        block = Shape("block", threads, 1, words(threads))
+        if block.shared <= limit and MATRICES_SHARED:
+            return block
+        return Shape("large", threads, 1, words(threads, large=True))
 
-    def _launch(self, name: str, like: Tensor, count: int, shape: Shape, arguments: list[int | float]) -> None:
-        grid = -(-count // shape.problems)
+    def _launch(self, name: str, like: Tensor, grid: int, shape: Shape, arguments: list[int | float]) -> None:
         kernel = f"diffopt_{name}_{shape.variant}"
-        shared = 8 * shape.words * shape.problems
-        self.launcher.launch(kernel, like, grid, shape.threads, shared, [*arguments, shape.words])
+        self.launcher.launch(kernel, like, grid, shape.threads, shape.shared, [*arguments, shape.words])
 
 
 class _Field(NamedTuple):

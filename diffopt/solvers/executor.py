@@ -7,12 +7,13 @@ faster: `cpu_executor` answers everything too, `cuda_executor` what it can prove
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from diffopt.linalg.matrices import SymmetricMatrix
+from diffopt.packed import Packed
 from diffopt.solution import Certificate
 from diffopt.solvers.settings import Settings
 
@@ -20,7 +21,8 @@ from diffopt.solvers.settings import Settings
 class Data(NamedTuple):
     """A batch of quadratic programs as plain tensors; shapes as in `diffopt.QPForm`.
 
-    Of a dense Q the symmetric part is meant: an executor symmetrises. h, lower and upper may be infinite.
+    Of a dense Q the symmetric part is meant: an executor symmetrises. h, lower and upper may be infinite. ``notes`` are
+    for an executor to keep what depends on these shapes alone.
     """
 
     Q: SymmetricMatrix
@@ -32,38 +34,40 @@ class Data(NamedTuple):
     lower: Tensor | None
     upper: Tensor | None
     batch: torch.Size
+    notes: dict[Any, Any] | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Return Q's tensors, q, A, b, G, h, lower, upper."""
         return (*self.Q.tensors(), self.q, self.A, self.b, self.G, self.h, self.lower, self.upper)
 
 
+class Point(Protocol):
+    """Vectors of a solution, as `diffopt.kkt.Point` and `diffopt.packed.Packed` have them."""
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def nu(self) -> Tensor: ...
+    @property
+    def lam(self) -> Tensor: ...
+
+
 class Answer(NamedTuple):
     """What a compiled executor found, in original units and the data's dtype, without a graph.
 
     Attributes:
-        x ``(*batch, n)``; s, lam ``(*batch, m)``; nu ``(*batch, p)``; lam_lower, lam_upper ``(*batch, n)``:
-            with the signs of `diffopt.Solution`; not to be used where the status is UNSOLVED.
-        status: ``(*batch,)`` int8. SOLVED: the relative residuals, recomputed from the original data, are at
-            most the tolerance. UNSOLVED: another executor has to look at it.
-        residuals: ``(3, *batch)`` float64: primal, dual, gap, as in `diffopt.solution.Residuals`.
-        counts: ``(3, *batch)`` int64: iterations, weakly active rows, dependent rows, as in `diffopt.Solution`.
-        unsolved: how many instances are not SOLVED.
-        certificate: proofs for instances that have no solution; ``None`` if there are none.
+        packed: the point, with the signs of `diffopt.Solution`, not to be used where the status is UNSOLVED; the
+            residuals (primal, dual, gap, as in `diffopt.solution.Residuals`); the counts (iterations, weakly active
+            rows, dependent rows, as in `diffopt.Solution`); and the statuses. SOLVED: the relative residuals, as
+            recomputed from the original data, are at most the tolerance. UNSOLVED: another executor is to look at it.
+        unsolved: how many instances are not SOLVED; ``None`` where nobody was to wait for that (`Settings.sync`).
+        certificate: proofs for instances that have no solution; ``None`` if there are none, or nobody was to wait.
         saved: what `Executor.pullback` needs; ``None`` if it was not to be kept.
         name: which variant ran, for `diffopt.Solution.executor`.
     """
 
-    x: Tensor
-    s: Tensor
-    lam: Tensor
-    nu: Tensor
-    lam_lower: Tensor
-    lam_upper: Tensor
-    status: Tensor
-    residuals: Tensor
-    counts: Tensor
-    unsolved: int
+    packed: Packed
+    unsolved: int | None
     certificate: Certificate | None
     saved: Any
     name: str
@@ -92,16 +96,19 @@ class Executor(ABC):
 
     @abstractmethod
     def pullback(
-        self, data: Data, answer: Answer, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+        self, data: Data, saved: Any, point: Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of a function of the solution with respect to the data, by one solve each.
 
         Args:
-            gradients: those with respect to x, s, lam, nu, lam_lower, lam_upper; ``None`` is zero.
+            saved: that of the answer, whose vectors still lie where they lay.
+            point: these vectors.
+            gradients: those with respect to x, s, nu, lam, lam_lower, lam_upper; ``None`` is zero.
             needed: for each of ``data.tensors()``, whether its gradient is wanted.
 
         Returns:
             For each of ``data.tensors()`` its gradient, in its shape (shared tensors: summed over the batch;
-            Q's is symmetric), or ``None``. Zero from instances that are UNSOLVED; NaN from those that failed, if any
-            incoming gradient is not zero. Weakly active rows are left out (the rule ``"inactive"``).
+            Q's is symmetric), or ``None``. Zero from instances that are UNSOLVED and so another executor's; NaN from
+            those that failed, if any incoming gradient is not zero. Where nobody waits (`Settings.sync`) UNSOLVED is
+            failed. Weakly active rows are left out (the rule ``"inactive"``).
         """

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt import waiting
 from diffopt.linalg.saddle import Saddle
 from diffopt.shapes import matvec, max_abs, rmatvec
 from diffopt.solvers.newton_system import NewtonSystem
@@ -48,6 +49,7 @@ def solve(
     max_iterations: int,
     bounded: bool = False,
     hold: bool = False,
+    weight: float = 1.0,
 ) -> Outcome:
     """Solve the instances marked in ``run`` by Mehrotra's predictor-corrector method.
 
@@ -63,6 +65,7 @@ def solve(
         bounded: the objective is known to be strictly convex, so unboundedness is not looked for.
         hold: give every row an equation of its own in the n x n form. Slower; does not lose flat directions of Q
             where weights are large.
+        weight: of the rows at the start, see `start`.
 
     References:
         Mehrotra (1992), "On the implementation of a primal-dual interior point method"; for QPs and
@@ -73,7 +76,7 @@ def solve(
     """
     # The n x n form loses what stands between its smallest and largest weight; the others need no refinement.
     refinements = 2 if system.reduction == "primal" else 0
-    state = start(qp, system, hold)
+    state = start(qp, system, hold, weight)
     shape = qp.batch
     best, best_residual = state, torch.full(shape, torch.inf, dtype=qp.q.dtype, device=qp.q.device)
     stopped = ~run.expand(shape)
@@ -94,7 +97,7 @@ def solve(
         primal_infeasible = primal_infeasible | (proven & infeasible)
         dual_infeasible = dual_infeasible | (proven & unbounded & ~infeasible)
         stopped = stopped | (residual <= tolerance) | proven | (stalled >= 3)
-        if count == max_iterations or bool(stopped.all()):
+        if count == max_iterations or waiting.every(stopped):
             break
 
         r_dual = qp.Q.matvec(state.x) + qp.q + rmatvec(qp.A, state.nu) + qp.apply_Ct(state.z * qp.on, state.y)
@@ -133,14 +136,14 @@ def solve(
     return Outcome(best, best_residual, iterations, primal_infeasible, dual_infeasible, failed)
 
 
-def start(qp: ScaledQP, system: Saddle, hold: bool = False) -> State:
-    """Return the minimiser of the objective plus 1/2 |Cx - d|^2 over the rows, and s and z from its distances.
+def start(qp: ScaledQP, system: Saddle, hold: bool = False, weight: float = 1.0) -> State:
+    """Return the minimiser of the objective plus weight/2 |Cx - d|^2 over the rows, and s and z from its distances.
 
     A row whose side is far away counts less, so that a bound of 1e12 that nobody will meet does
     not pull x there.
     """
     one = torch.ones_like(qp.d)
-    far = (qp.d.abs() / FAR).clamp_min(1).square()
+    far = (qp.d.abs() / FAR).clamp_min(1).square() / weight
     at = State(qp.q.new_zeros(*qp.batch, qp.n), torch.zeros_like(qp.b), torch.zeros_like(qp.target), far, one)
     newton = NewtonSystem(qp, system, at, refinements=1, hold=hold)
     # With s = far, z = 1 and target = far the row equation reads C dx - far dz = d.

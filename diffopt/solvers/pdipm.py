@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt import waiting
 from diffopt.linalg.cholesky import cholesky, pivots
 from diffopt.linalg.matrices import Dense
 from diffopt.linalg.saddle import Factor, Saddle
 from diffopt.linalg.scaling import Scaling, regularisation
 from diffopt.shapes import max_abs
-from diffopt.solution import Status
+from diffopt.solution import INDEFINITE, Status
 from diffopt.solvers import certificates, interior_point
 from diffopt.solvers.executor import Data
 from diffopt.solvers.polish import Polished, active_rows, polish
@@ -28,6 +29,9 @@ WIDEST = 1.9
 
 WORTH_POLISHING = 1e-2
 """Relative residual up to which the end point of the iteration is tried for its active set."""
+
+LIGHT = 1e-8
+"""Weight of the rows at the last start, which almost forgets them."""
 
 
 class ActiveSystem(NamedTuple):
@@ -85,13 +89,13 @@ def solve(data: Data, settings: Settings, tolerance: float) -> Result:
     solved = run & (outcome.residual <= tolerance)
     ray = None
     open_ = run & ~solved
-    if bool(open_.any()):
+    if waiting.some(open_):
         status, ray = _certify(qp, outcome, open_, status)
         # What could not be proven infeasible keeps the best point that was found.
     status = torch.where(solved, Status.SOLVED, status)
     status = torch.where(crossed, Status.PRIMAL_INFEASIBLE, status)
     status = torch.where(nonfinite, Status.NONFINITE_INPUT, status).to(torch.int8)
-    rays = _original_rays(qp, ray, data, crossed) if ray is not None or bool(crossed.any()) else None
+    rays = _original_rays(qp, ray, data, crossed) if ray is not None or waiting.some(crossed) else None
     point = original(qp, state)
     return Result(*point, status, outcome.iterations, rays, *parts)
 
@@ -118,7 +122,7 @@ def screen(data: Data) -> Screen:
     if lower is not None and upper is not None:
         over = lower > upper
         crossed = crossed | over.any(-1)
-        if bool(over.any()):
+        if waiting.some(over):
             lower, upper = torch.where(over, -torch.inf, lower), torch.where(over, torch.inf, upper)
     return Screen(Data(Q, q, A, b, G, h, lower, upper, data.batch), bad, crossed & ~bad)
 
@@ -165,46 +169,75 @@ def _solve_scaled(
     first, safe = choose_reduction(qp, settings.reduction)
     groups = [(first, run & safe), ("primal", run & ~safe)]
     # Whether a group is empty decides what is worth running, not what any instance gets.
-    groups = [group for group in groups if bool(group[1].any())] or groups[:1]
+    groups = [group for group in groups if waiting.some(group[1])] or groups[:1]
     outcomes = []
-    system: ActiveSystem | None = None
+    system: _System | None = None
     for reduction, group in groups:
+        saddle = Saddle(qp.Q, qp.A, qp.G, reduction, regularisation(qp.scaling, reduction))
         if reduction == "primal":
             group = group & ~_nonconvex(qp)
-        saddle = Saddle(qp.Q, qp.A, qp.G, reduction, regularisation(qp.scaling, reduction))
-        convex = saddle.reduction != "primal"
-        outcome, done = _attempt(qp, saddle, group, settings, tolerance, convex, hold=False)
-        if thorough and reduction == "primal":
-            lost = group & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
-            if bool(lost.any()):
-                again, second = _attempt(qp, saddle, lost, settings, tolerance, convex, hold=True)
-                better = lost & (again.residual < outcome.residual)
-                rest = [torch.where(better, a, b) for a, b in zip(again[1:], outcome[1:], strict=True)]
-                outcome = interior_point.Outcome(again.state.where(better, outcome.state), *rest)
-                if done is not None and second is not None:
-                    active = torch.where(better.unsqueeze(-1), second.active, done.active)
-                    factor = saddle.factor(active_rows(qp, active), final=True)
-                    done = done._replace(active=active, factor=factor)
+        convex = reduction != "primal"
+        outcome, done = _attempt(qp, saddle, group, settings, tolerance, convex)
         if done is not None and len(groups) == 1:
-            row, lower, upper = qp.split(done.active)
-            system = ActiveSystem(
-                done.factor, qp.scaling, row, lower if qp.has_lower else None, upper if qp.has_upper else None
-            )
+            system = _System(done.active, done.factor)
+        lost = group & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
+        if thorough and waiting.some(lost):
+            outcome, system = _again(qp, system, lost, outcome, settings, tolerance)
         outcomes.append((group, reduction, outcome))
     _, name, merged = outcomes[0]
     for group, reduction, outcome in outcomes[1:]:
         name = f"{name}+{reduction}"
-        state = outcome.state.where(group, merged.state)
-        rest = [torch.where(group, a, b) for a, b in zip(outcome[1:], merged[1:], strict=True)]
-        merged = interior_point.Outcome(state, *rest)
-    return merged, (system, name)
+        merged = _merged(group, outcome, merged)
+    return merged, (None if system is None else system.active_system(qp), name)
+
+
+class _System(NamedTuple):
+    """The rows of C in the final active sets, and the factored system for them."""
+
+    active: Tensor
+    factor: Factor
+
+    def active_system(self, qp: ScaledQP) -> ActiveSystem:
+        row, lower, upper = qp.split(self.active)
+        return ActiveSystem(
+            self.factor, qp.scaling, row, lower if qp.has_lower else None, upper if qp.has_upper else None
+        )
+
+
+def _again(
+    qp: ScaledQP, system: _System | None, lost: Tensor, outcome: interior_point.Outcome, settings: Settings,
+    tolerance: float,
+) -> tuple[interior_point.Outcome, _System | None]:  # fmt: skip
+    """Try lost instances twice more in the n x n form, holding every row; then from a start that almost forgets them.
+
+    Args:
+        system: that of the first attempt, if it is of use.
+    """
+    saddle = Saddle(qp.Q, qp.A, qp.G, "primal", regularisation(qp.scaling, "primal"))
+    for weight in (1.0, LIGHT):
+        found, done = _attempt(qp, saddle, lost, settings, tolerance, convex=False, hold=True, weight=weight)
+        better = lost & (found.residual < outcome.residual)
+        outcome = _merged(better, found, outcome)
+        if system is not None and done is not None:
+            active = torch.where(better.unsqueeze(-1), done.active, system.active)
+            system = _System(active, saddle.factor(active_rows(qp, active), final=True))
+        lost = lost & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
+        if not waiting.some(lost):
+            break
+    return outcome, system
+
+
+def _merged(where: Tensor, new: interior_point.Outcome, old: interior_point.Outcome) -> interior_point.Outcome:
+    rest = [torch.where(where, a, b) for a, b in zip(new[1:], old[1:], strict=True)]
+    return interior_point.Outcome(new.state.where(where, old.state), *rest)
 
 
 def _attempt(
-    qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool, hold: bool
-) -> tuple[interior_point.Outcome, Polished | None]:
+    qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool, hold: bool = False,
+    weight: float = 1.0,
+) -> tuple[interior_point.Outcome, Polished | None]:  # fmt: skip
     """Iterate, and polish if that is wanted."""
-    outcome = interior_point.solve(qp, saddle, run, tolerance, settings.max_iterations, bounded=convex, hold=hold)
+    outcome = interior_point.solve(qp, saddle, run, tolerance, settings.max_iterations, convex, hold, weight)
     if not settings.polish:
         return outcome, None
     # An active set can be right long before the point is; whether it is, the polish finds out.
@@ -216,21 +249,24 @@ def _attempt(
 def _nonconvex(qp: ScaledQP) -> Tensor:
     """Return where Q, equilibrated, has an eigenvalue clearly below zero, ``(*batch,)``."""
     Q = qp.Q.dense()
-    _, failed = cholesky(Q + 1e-7 * torch.eye(qp.n, dtype=Q.dtype, device=Q.device))
+    _, failed = cholesky(Q + INDEFINITE * torch.eye(qp.n, dtype=Q.dtype, device=Q.device))
     return failed
 
 
 def _certify(
     qp: ScaledQP, outcome: interior_point.Outcome, open_: Tensor, status: Tensor
 ) -> tuple[Tensor, State | None]:
-    """Look for proofs for the unsolved instances: first in their last iterates, then by auxiliary problems."""
+    """Look for proofs for the unsolved instances: first in their last iterates, then by auxiliary problems.
+
+    (Where the host must not wait, the latter would have to be solved always, and are not.)
+    """
     rays: State | None = None
 
     def claim(proof: certificates.Proof, code: Status) -> None:
         nonlocal open_, status, rays
         status = torch.where(proof.holds, int(code), status)
         open_ = open_ & ~proof.holds
-        if bool(proof.holds.any()):
+        if waiting.some(proof.holds):
             nothing = State(*(torch.zeros_like(v) for v in proof.ray))
             rays = proof.ray.where(proof.holds, nothing if rays is None else rays)
 
@@ -238,22 +274,21 @@ def _certify(
     status = torch.where(open_ & nonconvex, Status.NUMERICAL_ERROR, status)
     open_ = open_ & ~nonconvex
     claim(certificates.check_primal(qp, outcome.state, open_ & outcome.primal_infeasible), Status.PRIMAL_INFEASIBLE)
-    if bool(open_.any()):
+    if waiting.allowed() and waiting.some(open_):
         # Before unboundedness: an instance can be both, and then there is no x at all.
         problem = certificates.least_infeasibility(qp)
         found = _auxiliary(problem, qp.batch, open_)
         claim(_contradiction(qp, outcome.state, found, open_), Status.PRIMAL_INFEASIBLE)
         violated = torch.maximum(max_abs(found.nu), max_abs(found.lam)) > NOISE
-        if bool((open_ & violated).any()):
+        if waiting.some(open_ & violated):
             closer = certificates.seen_closer(problem, found.x, found.nu, found.lam, qp.n)
             found = _auxiliary(closer, qp.batch, open_ & violated)
             claim(_contradiction(qp, outcome.state, found, open_ & violated), Status.PRIMAL_INFEASIBLE)
-    # A strictly convex objective is bounded below, whatever a direction of tiny curvature suggests.
-    open_ = open_ & ~_strictly_convex(qp)
-    claim(certificates.check_dual(qp, outcome.state.x, open_ & outcome.dual_infeasible), Status.DUAL_INFEASIBLE)
-    if bool(open_.any()):
+    convex = _strictly_convex(qp)
+    claim(certificates.check_dual(qp, outcome.state.x, open_ & outcome.dual_infeasible, convex), Status.DUAL_INFEASIBLE)
+    if waiting.allowed() and waiting.some(open_):
         x = _auxiliary(certificates.steepest_recession(qp), qp.batch, open_).x
-        claim(certificates.check_dual(qp, x, open_), Status.DUAL_INFEASIBLE)
+        claim(certificates.check_dual(qp, x, open_, convex), Status.DUAL_INFEASIBLE)
     return status, rays
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffopt import waiting
 from diffopt.linalg.saddle import Blocks, Factor, Rows, Saddle
 from diffopt.shapes import matvec, rmatvec
 from diffopt.solvers.scaled_qp import ScaledQP, State
@@ -58,12 +59,12 @@ def polish(qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Te
         best, best_residual = clipped.where(good, best), torch.where(good, error, best_residual)
         accepted, pending = accepted | good, pending & ~good & ~signs & torch.isfinite(error)
         best_active = torch.where(good.unsqueeze(-1), active, best_active)
-        if not bool(pending.any()):
+        if not waiting.some(pending):
             break
         # Rows of instances that are settled stay as they are, so that one factor serves all in the end.
         flipped = (active & ~wrong_z) | wrong_s
         active = torch.where(pending.unsqueeze(-1), flipped, best_active)
-    if not bool((active == best_active).all()):
+    if not waiting.every(active == best_active):
         factor = _factor(qp, system, best_active)
     return Polished(best, best_residual, accepted, best_active, factor)
 

@@ -44,6 +44,10 @@ class Settings:
         relaxation_mode: which problem nearby: ``"central_path"`` (default), the point with s_i lam_i = relaxation for
             every inequality and bound (in units of the objective), or ``"ridge"``, the solution with
             Q + relaxation I (objective units per squared unit of x).
+        sync: whether the host may wait for the device (default True). False: nothing reads a value back, forward or
+            backward, so that a solve can be captured in a CUDA graph. Then nothing can be raised because of values
+            (``on_failure="return"`` is required), few certificates are found, and what the executor ``"cuda"`` leaves
+            unsolved stays UNSOLVED. Goes with the kink rule ``"inactive"`` and without relaxation.
     """
 
     tolerance: float | None
@@ -55,6 +59,7 @@ class Settings:
     executor: Literal["auto", "torch", "cpu", "cuda"]
     relaxation: float | None
     relaxation_mode: RelaxationMode
+    sync: bool
     text: ClassVar[str]  # of each instance: all of the above, for `read`; operators in compiled graphs carry it
 
     def __init__(
@@ -69,6 +74,7 @@ class Settings:
         executor: Literal["auto", "torch", "cpu", "cuda"] = "auto",
         relaxation: float | None = None,
         relaxation_mode: RelaxationMode = "central_path",
+        sync: bool = True,
         **unknown: Any,
     ) -> None:
         names = _NAMES
@@ -87,9 +93,12 @@ class Settings:
         _check("relaxation", relaxation, positive, "None or a positive number")
         modes = ("central_path", "ridge")
         _check("relaxation_mode", relaxation_mode, relaxation_mode in modes, f"one of {', '.join(map(repr, modes))}")
+        if not sync:
+            together = kink_rule == "inactive" and relaxation is None
+            _check("sync", sync, together, "True with kink rules other than 'inactive', and with a relaxation")
         values = (
             *(tolerance, int(max_iterations), kink_rule, weak_tolerance, bool(polish), reduction, executor),
-            *(None if relaxation is None else float(relaxation), relaxation_mode),
+            *(None if relaxation is None else float(relaxation), relaxation_mode, bool(sync)),
         )
         for name, value in zip(names, values, strict=True):
             object.__setattr__(self, name, value)
@@ -101,9 +110,9 @@ class Settings:
         values: Any = dict(zip(_NAMES, text.split(","), strict=True))
         for name in ("tolerance", "weak_tolerance", "relaxation"):
             values[name] = None if values[name] == "None" else float(values[name])
-        return Settings(
-            **values | {"max_iterations": int(values["max_iterations"]), "polish": values["polish"] == "True"}
-        )
+        for name in ("polish", "sync"):
+            values[name] = values[name] == "True"
+        return Settings(**values | {"max_iterations": int(values["max_iterations"])})
 
     def replace(self, **changes: Any) -> Settings:
         """Return a copy with some settings changed."""

@@ -120,3 +120,17 @@ def test_shared_data_is_factored_once():
     wide = Saddle(Dense(shared.dense().expand(B, N, N)), A.expand(B, P, N), G[:1].expand(B, M, N), "dual", shift())
     for a, b in zip(system.factor(rows).solve(r), wide.factor(rows).solve(r), strict=True):
         assert torch.allclose(a, b, atol=1e-7)
+
+
+def test_how_long_a_neighbour_is_refined_changes_no_bit():
+    for seed in range(5):
+        Q, A, G, randn = data("dense", seed)
+        r = Blocks(randn(B, N), randn(B, P), randn(B, M), randn(B, N))
+        found = []
+        for delta in (1e-10, 1e-1):  # a large shift takes many refinements
+            deltas = torch.tensor([[1e-10], [delta], [1e-10]], dtype=f64)
+            slow = Shift(0.0, *(deltas.expand(B, k) for k in (P, M, N)))
+            factor = Saddle(Q, A.expand(B, P, N), G, "dual", slow).factor(random_rows(), final=True)
+            found.append(factor.solve_accurately(r)[0])
+        for mine, again in zip(*found, strict=True):
+            assert torch.equal(mine[[0, 2]], again[[0, 2]])

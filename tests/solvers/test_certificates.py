@@ -24,7 +24,7 @@ def test_steepest_recession_finds_a_ray_where_there_is_one():
     qp = scaled(q, G, h, lower, upper)
     everywhere = torch.ones(2, dtype=torch.bool)
     ray = pdipm._auxiliary(certificates.steepest_recession(qp), qp.batch, everywhere).x
-    proof = certificates.check_dual(qp, ray, everywhere)
+    proof = certificates.check_dual(qp, ray, everywhere, ~everywhere)
     assert proof.holds.tolist() == [True, False]
     v = proof.ray.x[0] * qp.scaling.d * qp.scaling.cost[0]
     assert abs(float(q[0] @ v) + 1) < 1e-12 and v[0] > 0 and v[1:].abs().max() < 1e-8
@@ -36,7 +36,7 @@ def test_curvature_stops_a_ray():
     qp = scaled(q, torch.zeros(0, 3, dtype=f64), torch.zeros(0, dtype=f64), Q=Q)
     everywhere = torch.ones(2, dtype=torch.bool)
     ray = pdipm._auxiliary(certificates.steepest_recession(qp), qp.batch, everywhere).x
-    assert certificates.check_dual(qp, ray, everywhere).holds.tolist() == [True, False]
+    assert certificates.check_dual(qp, ray, everywhere, ~everywhere).holds.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("bounded", [False, True])

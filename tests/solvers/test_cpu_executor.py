@@ -932,17 +932,16 @@ def test_many_callers_at_once(threads: Callable[[int], None]) -> None:
 
 FORK = """
 import os, sys, torch, diffopt
-torch.set_num_threads(2)
+# (Torch's own threads do not survive a fork: its products are made before there are any.)
+torch.set_num_threads(1)
+g = torch.Generator().manual_seed(0)
+U, q = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((16, 40, 40), (16, 40)))
+Q = (U @ U.mT + torch.eye(40, dtype=torch.float64)).requires_grad_()
 def solved():
-    g = torch.Generator().manual_seed(0)
-    U, q = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((16, 40, 40), (16, 40)))
-    # (Given in whole, for torch's own threads do not survive a fork.)
-    Q = torch.stack([u @ u.T + torch.eye(40, dtype=torch.float64) for u in U]).requires_grad_()
     solution = diffopt.solve_qp(Q, 9 * q, lower=-0.1, upper=0.1)
     assert solution.executor == "cpu:dual"
     return solution.x.detach(), *torch.autograd.grad(solution.x.square().sum(), Q)
 tasks = lambda: len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
-torch.set_num_threads(1)
 expected, before = solved(), tasks()
 torch.set_num_threads(2)
 several = solved()

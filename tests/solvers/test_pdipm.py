@@ -187,10 +187,49 @@ def test_far_sides_are_as_good_as_absent(far):
     assert abs(float(x.sum()) - 1) < 1e-9
 
 
-def test_nonconvex_is_refused():
-    Q = torch.diag_embed(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=f64))
-    solution = diffopt.solve_qp(Q, torch.zeros(2, dtype=f64), lower=-1.0, upper=1.0, on_failure="return")
+def curved(least, dtype=f64, structure="dense"):
+    """Return Hessians with eigenvalues (1, 1) and (1, least)."""
+    entries = torch.tensor([[1.0, 1.0], [1.0, least]], dtype=dtype)
+    if structure == "diagonal":
+        return Diagonal(entries)
+    basis = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=dtype)
+    return basis @ torch.diag_embed(entries) @ basis.mT
+
+
+REFUSING = [("pdipm", "torch"), ("pdipm", "cpu"), ("cvxpy", "auto"), ("scipy", "auto")]
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal"])
+@pytest.mark.parametrize(("backend", "executor"), REFUSING)
+def test_nonconvex_is_refused_with_the_smallest_eigenvalue(backend, executor, structure):
+    settings = {"settings": Settings(executor=executor), "backend": backend, "lower": -1.0, "upper": 1.0}
+    q = torch.tensor([0.3, 0.2], dtype=f64)
+    solution = diffopt.solve_qp(curved(-1e-5, structure=structure), q, on_failure="return", **settings)
     assert solution.status.tolist() == [Status.SOLVED, Status.NUMERICAL_ERROR]
+    assert torch.allclose(solution.smallest_eigenvalue, torch.tensor([1.0, -1e-5], dtype=f64))
+    with pytest.raises(
+        diffopt.SolveFailed, match=r"\[1\]: NUMERICAL_ERROR \(Q is not positive semidefinite: .* -1.00e-05,"
+    ):
+        diffopt.solve_qp(curved(-1e-5, structure=structure), q, **settings)
+
+
+@pytest.mark.parametrize(("backend", "executor"), REFUSING)
+def test_what_rounding_makes_indefinite_is_solved(backend, executor):
+    settings = {"settings": Settings(executor=executor), "backend": backend, "lower": -1.0, "upper": 1.0}
+    solution = diffopt.solve_qp(curved(-1e-9), torch.tensor([0.3, 0.2], dtype=f64), **settings)
+    assert solution.ok.all() and solution.smallest_eigenvalue[1] < -0.9e-9
+
+
+def test_the_eigenvalue_of_what_is_not_there():
+    solution = diffopt.solve_qp(
+        curved(torch.nan), torch.zeros(2, dtype=f64), lower=-1.0, upper=1.0, on_failure="return"
+    )
+    assert solution.smallest_eigenvalue.isnan().tolist() == [False, True]
+    leaves, spec = torch.utils._pytree.tree_flatten(solution)
+    assert torch.utils._pytree.tree_unflatten(leaves, spec).smallest_eigenvalue.isnan().all()
+    compiled = torch.compile(lambda q: diffopt.solve_qp(curved(-1.0), q, lower=-1.0, upper=1.0).x, backend="eager")
+    with pytest.raises(diffopt.SolveFailed, match="smallest eigenvalue is -1.00e"):
+        compiled(torch.zeros(2, dtype=f64))
 
 
 def test_iteration_limit_keeps_the_iterate():
@@ -241,3 +280,48 @@ def test_sizes_zero_and_one():
     assert one.x.tolist() == [2.0] and torch.allclose(one.lam_upper, torch.ones(1, dtype=f64))
     zero = diffopt.solve_qp(torch.zeros(1, 1, dtype=f64), torch.zeros(1, dtype=f64))
     assert zero.ok and zero.x.isfinite().all()
+
+
+STALLED = {
+    "far away": {
+        "Q": [[1.13e7, 0.406], [0.406, 2.24e-8]], "q": [9.66, -5.38e-4], "A": [[-38.2, 1.44e-6]], "b": [0.0109],
+        "lower": [7.74e-5, 4630.0],
+    },
+    "one variable": {
+        "Q": [[1.19e-7]], "q": [-1.03e-4], "G": [[0.0162], [0.0106]], "h": [16.5, 107.0], "lower": [-987.0],
+    },
+}  # fmt: skip
+"""Badly scaled programs of which the first steps are blocked again and again from the ordinary start."""
+
+
+@pytest.mark.parametrize("name", STALLED)
+@pytest.mark.parametrize(("executor", "reduction"), EXECUTORS)
+def test_a_start_that_forgets_the_rows_solves_what_stalls(executor, reduction, name):
+    data = {k: torch.tensor(v, dtype=f64) for k, v in STALLED[name].items()}
+    solution = diffopt.solve_qp(**data, settings=Settings(executor=executor, reduction=reduction), on_failure="return")
+    assert solution.status == Status.SOLVED and solution.residuals.worst() < 1e-12
+
+
+def singular_along(count, n, curvature=0.0):
+    """Return Q and q that fall along v, where Q's curvature is ``curvature``; v all but misses the last variable.
+
+    So the pivots of a Cholesky factorisation without exchanges do not show that Q is singular.
+    """
+    g = torch.Generator().manual_seed(0)
+    v, L, r = (torch.randn(count, *s, dtype=f64, generator=g) for s in ((n,), (n, n), (n, 1)))
+    v[:, -1] = 10 ** (-3 - 2 * torch.rand(count, dtype=f64, generator=g))
+    v = v / v.norm(dim=-1, keepdim=True)
+    along = v.unsqueeze(-1) * v.unsqueeze(-2)
+    across = torch.eye(n, dtype=f64) - along
+    Q = across @ (L @ L.mT / n + 0.1 * torch.eye(n, dtype=f64)) @ across + curvature * along
+    return 0.5 * (Q + Q.mT), (across @ r).squeeze(-1) - v
+
+
+@pytest.mark.parametrize("executor", ["torch", "cpu"])
+def test_unboundedness_is_proven_where_pivots_do_not_show_a_singular_hessian(executor):
+    Q, q = singular_along(500, 10)
+    solution = diffopt.solve_qp(Q, q, settings=Settings(executor=executor), on_failure="return")
+    assert (solution.status == Status.DUAL_INFEASIBLE).all()
+    Q, q = singular_along(500, 10, curvature=1e-7)
+    solution = diffopt.solve_qp(Q, q, settings=Settings(executor=executor), on_failure="return")
+    assert (solution.status == Status.SOLVED).all()

@@ -19,7 +19,7 @@ def test_the_text_of_settings_says_all_of_them():
     changed = Settings(
         tolerance=1.1e-7, max_iterations=7, kink_rule="central", weak_tolerance=1e-5, polish=False, executor="torch"
     )
-    for settings in (Settings(), changed):
+    for settings in (Settings(), changed, Settings(sync=False)):
         assert Settings.read(settings.text) == settings
     assert Settings().text != changed.text
 

@@ -10,6 +10,7 @@
 namespace diffopt {
 
 constexpr double CLAIM = 1e-8;  // largest error of a normalised certificate, in equilibrated units, for which it is claimed
+constexpr double FLAT = 1e-12;  // curvature along a direction, relative to its length, that is nothing but rounding error
 
 // A certificate in original units, x, nu, lam, lam_lower, lam_upper one after the other; NaN where it says nothing.
 using Ray = std::vector<double>;
@@ -88,8 +89,6 @@ class Whole {
         if (end == PROVEN_INFEASIBLE && proves_infeasible(main_.state)) return PRIMAL_INFEASIBLE;
         // Before unboundedness: an instance can be both, and then there is no x at all.
         if (proves_infeasible(least_infeasibility()) || proves_infeasible(seen_closer())) return PRIMAL_INFEASIBLE;
-        // A strictly convex objective is bounded below, whatever a direction of tiny curvature suggests.
-        if (main_.strictly_convex) return status;
         if (end == PROVEN_UNBOUNDED && proves_unbounded(main_.state.x)) return DUAL_INFEASIBLE;
         if (proves_unbounded(steepest_recession())) return DUAL_INFEASIBLE;
         return status;
@@ -153,12 +152,15 @@ class Whole {
         const double fall = slope.value();
         if (!(fall > 0 && fall < INF)) return false;
         for (Index j = 0; j < k.np; j++) v.x[j] = x[j] / fall;
-        double error = 0;
+        double error = 0, length = 0;
         k.times_Q(v.x, pull_);
         k.times_A(v.x, eq_);
         k.times_C(v.x, Cx_);
+        for (Index j = 0; j < k.k.n; j++) error = vmax_nan(std::fabs(pull_[j]), error), length = vmax(std::fabs(v.x[j]), length);
+        // A strictly convex objective is bounded below, whatever a direction of tiny curvature suggests. One of none at all
+        // shows that the pivots took a singular Hessian for a definite one.
+        if (main_.strictly_convex && !(error <= FLAT * length)) return false;
         for (Index j = 0; j < k.k.n; j++) {
-            error = vmax_nan(std::fabs(pull_[j]), error);
             if (k.fixed[j] != 0) error = vmax_nan(std::fabs(v.x[j]), error);
         }
         for (Index r = 0; r < k.k.p; r++) error = vmax_nan(std::fabs(eq_[r]), error);

@@ -151,14 +151,15 @@ Pivots<P> cholesky(const double* S, Index lds, const double* extra, double* U, I
                 corner.u[r][r] = select(good, pivot, Number{} + 1.0);  // a failed problem stays finite
                 // Roots are slow, so they are kept out of the chain from pivot to pivot.
                 const Number inverse = 1.0 / corner.u[r][r];
+                corner.inverse[r] = inverse;
                 for (int t = r + 1; t < R; t++) {
                     const Number factor = corner.u[r][t] * inverse;
                     for (int c = t; c < R; c++) corner.u[t][c] = fnma(factor, corner.u[r][c], corner.u[t][c]);
                 }
             }
             for (int r = 0; r < R; r++) {
-                corner.u[r][r] = vsqrt(corner.u[r][r]);
-                corner.inverse[r] = 1.0 / corner.u[r][r];
+                corner.inverse[r] = vsqrt(corner.inverse[r]);
+                corner.u[r][r] *= corner.inverse[r];
                 P::put(inv, j + r, corner.inverse[r]);
                 for (int t = r + 1; t < R; t++) corner.u[r][t] *= corner.inverse[r];
             }

@@ -103,19 +103,17 @@ template <class P> class Dual {
     // ---- data ------------------------------------------------------------------------------------------------
 
     template <class T> void read() {
-        for (int lane = 0; lane < P::S; lane++) {
-            const Index i = first_ + lane < batch_.count ? first_ + lane : batch_.count - 1;
-            auto copy = [&](Field field, Index size, double* target) {
-                if (!batch_.has(field)) return;
-                const T* source = batch_.at<T>(field, i);
-                for (Index r = 0; r < size; r++) target[r * P::S + lane] = static_cast<double>(source[r]);
-            };
-            copy(FIELD_q, k.n, q_);
-            copy(FIELD_b, k.p, b_);
-            copy(FIELD_h, k.m, side_);
-            copy(FIELD_LOWER, k.n, side_ + lower_ * P::S);
-            copy(FIELD_UPPER, k.n, side_ + upper_ * P::S);
-        }
+        auto copy = [&](Field field, Index size, double* target) {
+            if (!batch_.has(field)) return;
+            const Each<P, const T> from = each<P, T>(batch_, field, first_);
+            if constexpr (P::LANES) to_lanes<P, T>(from, size, [&](Index e, Vec v) { P::store(target + e * P::W, v); });
+            else std::copy_n(from[0], size, target);
+        };
+        copy(FIELD_q, k.n, q_);
+        copy(FIELD_b, k.p, b_);
+        copy(FIELD_h, k.m, side_);
+        copy(FIELD_LOWER, k.n, side_ + lower_ * P::S);
+        copy(FIELD_UPPER, k.n, side_ + upper_ * P::S);
         Vec bad{};  // stays zero only if nothing is infinite or NaN
         for (Index v = 0; v < k.packs(k.np); v++) {
             const Vec x = P::load(q_ + v * P::W);
@@ -230,10 +228,12 @@ template <class P> class Dual {
     }
 
     // Mehrotra's predictor-corrector method, as diffopt.solvers.interior_point.solve; see there for the choices.
+    // A polish costs more than a step, so problems that are due for one wait, as they are, until all in their group are.
     Index iterate(const Answer& answer) {
-        Flag running = sound_;
-        Number last_mu = Number{} + INF, slow{}, stalled{}, tried = Number{} + INF, failures{};
-        for (int64_t step = 0;; step++) {
+        Flag running = sound_, waiting{}, at_end{};
+        Number last_mu = Number{} + INF, slow{}, stalled{}, tried = Number{} + INF, failures{}, steps{};
+        const Number most_steps = Number{} + static_cast<double>(options_.max_iterations);
+        for (;;) {
             collect_forces();
             measure();
             Vec mu_sum{}, violation{}, size{}, gap_sum{}, side_sum{};
@@ -256,19 +256,23 @@ template <class P> class Dual {
             const Number primal = P::max(violation) / (1.0 + P::max(size));
             const Number gap = vabs(P::sum(gap_sum)) / (1.0 + vmax(vabs(P::sum(side_sum)), objective_));
             const Number residual = vmax_nan(primal, gap);
-            const Flag at_end = residual <= options_.tolerance;
+            const Flag close = residual <= options_.tolerance;
             // The right active set is often known long before the point is accurate.
-            const bool first_step = step == 0;
-            const Flag repeated = none_of(P::any_entry(changed)) & (first_step ? Flag{} : none_of(Flag{}));
-            const Flag due = running & (at_end | ((residual <= TRY) & repeated & (residual <= 0.1 * tried)));
-            if (any(due)) {
-                tried = select(due, residual, tried);
-                const Flag solved = polish(due, at_end, step, answer);
-                running = running & none_of(solved);
-                failures = failures + select(due & none_of(solved) & at_end, Number{} + 1.0, Number{});
+            const Flag repeated = none_of(P::any_entry(changed)) & (steps > 0.0);
+            const Flag due = running & (close | ((residual <= TRY) & repeated & (residual <= 0.1 * tried)));
+            tried = select(due, residual, tried);
+            at_end = (at_end & none_of(due)) | (due & close);
+            waiting = waiting | due;
+            const Flag able = (residual < INF) & (stalled < 3.0) & (steps < most_steps);
+            running = running & none_of(due) & able;
+            if (!any(running)) {
+                if (!any(waiting)) break;
+                const Flag failed = waiting & none_of(polish(waiting, at_end, steps, answer));
+                failures = failures + select(failed & at_end, Number{} + 1.0, Number{});
+                running = failed & able & (failures < 3.0);
+                waiting = Flag{};
+                if (!any(running)) break;
             }
-            running = running & (residual < INF) & (stalled < 3.0) & (failures < 3.0);
-            if (!any(running) || step == options_.max_iterations) break;
 
             factor_step(running);
             direction(Number{}, false);
@@ -287,7 +291,7 @@ template <class P> class Dual {
             direction(sigma * mu, true);
             const Number longest = longest_step();
             Number eta = vmin(vmax(1.0 - mu, Number{} + 0.995), Number{} + (1 - 1e-7));
-            slow = slow + select(mu > 0.7 * last_mu, Number{} + 1.0, Number{});
+            slow = slow + select(running & (mu > 0.7 * last_mu), Number{} + 1.0, Number{});
             // An iterate far from the centre is blocked again and again; short steps let the centring work.
             eta = select((slow >= 2.0) & (longest < 0.9), Number{} + 0.9, eta);
             Number alpha = vmin(eta * longest, Number{} + 1.0);
@@ -297,8 +301,9 @@ template <class P> class Dual {
                 P::store(s_ + at, P::load(s_ + at) + a * P::load(ds_ + at));
                 P::store(z_ + at, P::load(z_ + at) + a * P::load(dz_ + at));
             });
-            stalled = select(alpha < 1e-4, stalled + 1.0, Number{});
-            last_mu = mu;
+            stalled = select(running, select(alpha < 1e-4, stalled + 1.0, Number{}), stalled);
+            last_mu = select(running, mu, last_mu);
+            steps = steps + select(running, Number{} + 1.0, Number{});
         }
         Index missing = 0;
         for (int lane = 0; lane < P::S; lane++)
@@ -388,7 +393,7 @@ template <class P> class Dual {
         return 1.0 / P::max(blocked);
     }
 
-    Flag polish(Flag due, Flag at_end, int64_t step, const Answer& answer);
+    Flag polish(Flag due, Flag at_end, Number steps, const Answer& answer);
     Flag hold();
     void solve_held(double* right);
     void residual_of_point();
@@ -398,8 +403,8 @@ template <class P> class Dual {
     void refine(Flag which);
     Flag clip_multipliers();
     Number measure_point(Flag& inside);
-    void finish(Flag accepted, int64_t step, const Answer& answer);
-    template <class T> void write_point(int lane, const Answer& answer) const;
+    void finish(Flag accepted, Number steps, const Answer& answer);
+    template <class T> void write_points(Flag accepted, const Answer& answer);
     void keep(const Answer& answer);
     void keep_lanes(Flag accepted, const Answer& answer);
 

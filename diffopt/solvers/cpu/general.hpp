@@ -13,7 +13,7 @@ enum Ending { AT_LIMIT, STUCK, BROKEN, CONVERGED, PROVEN_INFEASIBLE, PROVEN_UNBO
 constexpr double WORTH_POLISHING = 1e-2;  // relative residual up to which an end point is tried for its active set
 constexpr double FARKAS = 1e-9;           // relative error of a certificate at which an iterate proves something
 constexpr double NOISE = 1e-12;           // share of its terms up to which a sum is taken for rounding error
-constexpr double NEGATIVE = 1e-7;         // eigenvalue below minus this: the Hessian is indefinite
+constexpr double NEGATIVE = 1e-7;         // eigenvalue below minus this: the Hessian is indefinite (diffopt.solution.INDEFINITE)
 
 // What a certificate is normalised by: minus a sum of products; 0 where that is a rise, or rounding error, which proves
 // nothing.
@@ -66,17 +66,26 @@ class General {
         }
         start();
         problem.copy(state, now_);
-        may_hold_ = !diagonal && problem.soft == 0;
+        const bool again = problem.soft == 0;
+        may_hold_ = again && !diagonal;
+        last_ = !again;
         Ending end = iterate(tolerance, max_iterations, with_polish, diagonal);
         if (errors.worst <= tolerance) end = CONVERGED;
-        if (may_hold_ && (end == STUCK || end == BROKEN) && iterations < max_iterations) {
-            // Once more from the start, holding every row throughout.
+        auto once_more = [&](double weight) {
+            if (!again || (end != STUCK && end != BROKEN) || iterations >= max_iterations) return;
+            start(weight);
+            const Ending found = iterate(tolerance, max_iterations, with_polish, diagonal);
+            if (found != BROKEN) end = found;
+            if (errors.worst <= tolerance) end = CONVERGED;
+        };
+        if (!diagonal) {
+            // From the start, holding every row throughout.
             step_kind_ = HELD;
             may_hold_ = false;
-            start();
-            const Ending again = iterate(tolerance, max_iterations, with_polish, diagonal);
-            if (again != BROKEN) end = again;
+            once_more(1);
         }
+        last_ = true;
+        once_more(LIGHT);
         if (end != CONVERGED && end != PROVEN_INFEASIBLE && with_polish && errors.worst <= WORTH_POLISHING) {
             // An active set can be right long before the point is; whether it is, the polish finds out.
             problem.copy(now_, state);
@@ -201,10 +210,10 @@ class General {
         }
     }
 
-    // The minimiser of the objective plus 1/2 |Cx - d|^2 / far, and s and z from its distances, into now_.
-    void start() {
+    // The minimiser of the objective plus weight/2 |Cx - d|^2 / far, and s and z from its distances, into now_.
+    void start(double weight = 1) {
         const Scaled& k = problem;
-        for (Index r = 0; r < k.rows; r++) far_[r] = far_weight(k.d[r]);
+        for (Index r = 0; r < k.rows; r++) far_[r] = far_weight(k.d[r]) / weight;
         std::fill_n(now_.x, k.np, 0.0), std::fill_n(now_.nu, k.pp, 0.0), std::fill_n(now_.y, k.np, 0.0);
         for (Index r = 0; r < k.rows; r++) {
             now_.s[r] = far_[r], now_.z[r] = 1, ratio_[r] = far_[r], tau_[r] = far_[r];
@@ -305,7 +314,7 @@ class General {
             const bool done = errors.worst <= tolerance;
             if (residual <= tolerance) {
                 // Where small multipliers meet small slacks, a point this accurate does not tell yet which rows are active.
-                if (!with_polish || polish(residual) || residual <= ENOUGH || further == FURTHER) return CONVERGED;
+                if (!with_polish || polish(errors.worst) || errors.worst <= ENOUGH || further == FURTHER) return CONVERGED;
                 further++;
             }
             if (!done && k.soft == 0) {
@@ -322,7 +331,7 @@ class General {
             }
             // Weights may have grown so large that flat directions of the Hessian are lost: holding rows does not lose them.
             if (may_hold_ && step_kind_ == WEIGHED && waited >= 3 && residual <= NEAR) step_kind_ = HELD, waited = 0;
-            if (stalled >= 3 || (may_hold_ && waited >= PATIENCE)) return STUCK;
+            if (stalled >= 3 || (!last_ && waited >= PATIENCE)) return STUCK;
             if (iterations >= max_iterations) return AT_LIMIT;
 
             double sum = 0;
@@ -369,9 +378,11 @@ class General {
         }
     }
     double count_ = 0;
-    static constexpr int PATIENCE = 12;      // steps without half the residual, after which another start is tried
+    static constexpr int PATIENCE = 12;      // steps without half the residual, after which something else is tried
     static constexpr int FURTHER = 5;        // steps below the tolerance in search of the active set
     static constexpr double NEAR = 1e-3;     // residual from which on slow progress is blamed on the weights
+    static constexpr double LIGHT = 1e-8;    // weight of the rows at the last start, which almost forgets them
+    bool last_ = true;                       // no other start will be tried
     bool may_hold_ = false;                  // rows may be held in Newton steps, if they are not from the start
 
     // The longest step <= 1 that keeps s and z nonnegative.

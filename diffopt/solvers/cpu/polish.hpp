@@ -234,7 +234,7 @@ template <class P> typename P::Number Dual<P>::measure_point(Flag& inside) {
 // at rounding level (at the end of the iteration: within the tolerance). What it accepts is written to `answer`.
 // No problem's result may depend on what the others in its group still need.
 template <class P>
-typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answer& answer) {
+typename P::Flag Dual<P>::polish(Flag due, Flag at_end, Number steps, const Answer& answer) {
     Flag pending = due, solved{};
     std::memcpy(held_rows_, above_, bytes(rows_));
     for (int round = 0; round < FLIPS && any(pending); round++) {
@@ -255,7 +255,7 @@ typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answ
             accepted = accepted | (good & (worst <= ENOUGH));
             if (again == 1) accepted = accepted | (good & at_end & (worst <= options_.tolerance));
         }
-        if (any(accepted)) finish(accepted, step, answer);
+        if (any(accepted)) finish(accepted, steps, answer);
         solved = solved | accepted;
         pending = pending & wrong;
     }
@@ -263,7 +263,7 @@ typename P::Flag Dual<P>::polish(Flag due, Flag at_end, int64_t step, const Answ
 }
 
 // Writes accepted problems, and what their pullback needs.
-template <class P> void Dual<P>::finish(Flag accepted, int64_t step, const Answer& answer) {
+template <class P> void Dual<P>::finish(Flag accepted, Number steps, const Answer& answer) {
     // Weakly active rows hold with equality and have no multiplier; a derivative leaves them out.
     const Index offset = k.pp * P::S;
     Index weak[P::S] = {};
@@ -285,10 +285,8 @@ template <class P> void Dual<P>::finish(Flag accepted, int64_t step, const Answe
         for (int lane = 0; lane < P::S; lane++)
             if (P::lane(accepted, lane) && first_ + lane < batch_.count) f(lane, first_ + lane);
     };
-    each_accepted([&](int lane, Index) {
-        if (batch_.single) write_point<float>(lane, answer);
-        else write_point<double>(lane, answer);
-    });
+    if (batch_.single) write_points<float>(accepted, answer);
+    else write_points<double>(accepted, answer);
     if (batch_.single) {
         // The residuals are those of what is written, which is rounded.
         for (Index j = 0; j < k.np * P::S; j++) x_[j] = static_cast<float>(x_[j]);
@@ -300,7 +298,7 @@ template <class P> void Dual<P>::finish(Flag accepted, int64_t step, const Answe
     each_accepted([&](int lane, Index i) {
         const double worst = vmax_nan(vmax_nan(errors_[0][lane], errors_[1][lane]), errors_[2][lane]);
         answer.status[i] = graded(options_, worst);
-        answer.iterations[i] = step;
+        answer.iterations[i] = static_cast<int64_t>(P::lane(steps, lane));
         answer.weak[i] = weak[lane];
         answer.dependent[i] = answer.status[i] == NUMERICAL_ERROR ? -1 : 0;
         for (int e = 0; e < 3; e++) answer.residuals[e * batch_.count + i] = errors_[e][lane];
@@ -314,29 +312,35 @@ template <class P> void Dual<P>::finish(Flag accepted, int64_t step, const Answe
     });
 }
 
-template <class P> template <class T> void Dual<P>::write_point(int lane, const Answer& answer) const {
-    const Index i = first_ + lane;
-    const double cost = P::lane(m_->cost, lane);
-    auto entry = [&](const double* v, Index r) { return v[r * P::S + lane]; };
-    T* x = static_cast<T*>(answer.x) + i * k.n;
-    for (Index r = 0; r < k.n; r++) x[r] = static_cast<T>(entry(x_, r) * entry(m_->d, r));
-    T* nu = static_cast<T*>(answer.nu) + i * k.p;
-    for (Index r = 0; r < k.p; r++) nu[r] = static_cast<T>(entry(y_, r) * entry(m_->eq, r) / cost);
-    T *lam = static_cast<T*>(answer.lam) + i * k.m, *s = static_cast<T*>(answer.s) + i * k.m;
-    for (Index r = 0; r < k.m; r++) {
-        const double unit = entry(m_->rows, r), z = entry(y_, k.pp + r);
-        const bool here = (reinterpret_cast<const int64_t*>(on_)[r * P::S + lane]) != 0;
-        const bool held = (reinterpret_cast<const int64_t*>(held_rows_)[r * P::S + lane]) != 0;
-        const double slack = entry(side_, r) - entry(Cx_, k.pp + r);
-        lam[r] = static_cast<T>(z * unit / cost);
-        s[r] = static_cast<T>(!here ? INF : held || slack < 0 ? 0.0 : slack / unit);
-    }
-    T *lower = static_cast<T*>(answer.lower) + i * k.n, *upper = static_cast<T*>(answer.upper) + i * k.n;
-    for (Index r = 0; r < k.n; r++) {
-        const double force = k.b ? entry(y_, k.pp + k.mp + r) / (cost * entry(m_->d, r)) : 0.0;
-        lower[r] = static_cast<T>(force < 0 ? -force : 0.0);
-        upper[r] = static_cast<T>(force > 0 ? force : 0.0);
-    }
+template <class P> template <class T> void Dual<P>::write_points(Flag accepted, const Answer& answer) {
+    const Vec cost = P::splat(m_->cost);
+    const Index offset = k.pp * P::S;
+    // Entry r of a vector of `size` numbers is get(address of the entry in a vector of ours).
+    auto write = [&](void* target, Index size, auto get) {
+        Each<P, T> to;
+        for (int lane = 0; lane < P::S; lane++) {
+            const Index i = first_ + lane;
+            to.problem[lane] = target && P::lane(accepted, lane) && i < batch_.count ? static_cast<T*>(target) + i * size : nullptr;
+        }
+        if constexpr (P::LANES) {
+            from_lanes<P, T>(to, size, [&](Index e) { return get(e * P::W); });
+        } else {
+            double* const packs = size == k.n ? work_ : joint_;  // (as long as they must be, and free now)
+            for (Index q = 0; q < size; q += P::E) P::store(packs + q, get(q));
+            for (Index e = 0; to[0] && e < size; e++) to[0][e] = static_cast<T>(packs[e]);
+        }
+    };
+    write(answer.x, k.n, [&](Index at) { return P::load(x_ + at) * P::load(m_->d + at); });
+    write(answer.nu, k.p, [&](Index at) { return P::load(y_ + at) * P::load(m_->eq + at) / cost; });
+    write(answer.lam, k.m, [&](Index at) { return P::load(y_ + offset + at) * P::load(m_->rows + at) / cost; });
+    write(answer.s, k.m, [&](Index at) {
+        const Vec slack = P::load(side_ + at) - P::load(Cx_ + offset + at);
+        const Mask none = P::load_mask(held_rows_ + at) | (slack < 0.0);
+        return select(on(at), select(none, 0.0, slack / P::load(m_->rows + at)), P::splat(INF));
+    });
+    auto force = [&](Index at) { return P::load(y_ + offset + k.mp * P::S + at) / (cost * P::load(m_->d + at)); };
+    write(answer.lower, k.n, [&](Index at) { return k.b ? select(force(at) < 0.0, -force(at), 0.0) : Vec{}; });
+    write(answer.upper, k.n, [&](Index at) { return k.b ? select(force(at) > 0.0, force(at), 0.0) : Vec{}; });
 }
 
 // Writes what the pullback needs of the accepted problems; see saved.hpp.

@@ -2,6 +2,7 @@
 #pragma once
 #include "batch.hpp"
 #include "dense.hpp"
+#include "interleave.hpp"
 #include "limits.hpp"
 
 namespace diffopt {
@@ -34,7 +35,10 @@ template <class P> struct Setup {
     Number cost;
     Flag sound;                    // Q is safely positive definite, equalities are independent, all is finite
 
-    explicit Setup(const Batch& batch) : k(batch) {}
+    explicit Setup(const Batch& batch) : k(batch) {
+        for (Index e = 0; P::LANES && e < std::max(k.p, k.m) * k.n; e++)
+            places_.push_back((e % k.n * (k.pp + k.mp) + e / k.n) * P::W);
+    }
 
     void plan(Arena& arena) {
         const Index S = P::S;
@@ -62,33 +66,49 @@ template <class P> struct Setup {
     }
 
   private:
+    std::vector<Index> places_;  // lanes: where the entries of A and of G go in C
+
     template <class T> void read(const Batch& batch, Index first) {
         const Index ldc = k.pp + k.mp;
-        for (int lane = 0; lane < P::S; lane++) {
-            const Index i = first + lane < batch.count ? first + lane : batch.count - 1;
-            const T* source = batch.at<T>(FIELD_Q, i);
-            symmetrise(source, Q + lane);
-            transpose(batch.at<T>(FIELD_A, i), k.p, C + lane, ldc);
-            transpose(batch.at<T>(FIELD_G, i), k.m, C + k.pp * P::S + lane, ldc);
+        const Each<P, const T> from_Q = each<P, T>(batch, FIELD_Q, first), from_A = each<P, T>(batch, FIELD_A, first),
+                               from_G = each<P, T>(batch, FIELD_G, first);
+        if constexpr (P::LANES) {
+            to_lanes<P, T>(from_Q, k.n * k.n, [&](Index e, Vec v) { P::store(Q + e * P::W, v); });
+            for (Index r = 0; r < k.n; r++)
+                for (Index c = 0; c < r; c++) {
+                    double *below = Q + (r * k.n + c) * P::W, *above = Q + (c * k.n + r) * P::W;
+                    const Vec v = 0.5 * (P::load(below) + P::load(above));
+                    P::store(below, v), P::store(above, v);
+                }
+            auto transposed = [&](const Each<P, const T>& from, Index count, double* target) {
+                to_lanes<P, T>(from, count * k.n, [&](Index e, Vec v) { P::store(target + places_[static_cast<std::size_t>(e)], v); });
+            };
+            transposed(from_A, k.p, C);
+            transposed(from_G, k.m, C + k.pp * P::S);
+        } else {
+            // By squares of W x W, so that both halves are read along cache lines.
+            squares(k.n, k.n, [&](Index r, Index c) {
+                if (c > r) return;
+                Vec a[W], b[W];
+                load_square(from_Q[0], k.n, k.n, r, c, a);
+                load_square(from_Q[0], k.n, k.n, c, r, b);
+                transpose(b);
+                for (int i = 0; i < W; i++) a[i] = 0.5 * (a[i] + b[i]);
+                store_square(Q, k.np, k.n, r, c, a);
+                transpose(a);
+                store_square(Q, k.np, k.n, c, r, a);
+            });
+            auto transposed = [&](const T* from, Index count, double* target) {
+                squares(count, k.n, [&](Index r, Index c) {
+                    Vec a[W];
+                    load_square(from, count, k.n, r, c, a);
+                    transpose(a);
+                    store_square(target, ldc, k.n, c, r, a);
+                });
+            };
+            transposed(from_A[0], k.p, C);
+            transposed(from_G[0], k.m, C + k.pp);
         }
-    }
-
-    // By blocks of 8 x 8, so that both halves are read along cache lines.
-    template <class T> void symmetrise(const T* source, double* target) const {
-        for (Index r0 = 0; r0 < k.n; r0 += 8)
-            for (Index c0 = 0; c0 <= r0; c0 += 8)
-                for (Index r = r0; r < r0 + 8 && r < k.n; r++)
-                    for (Index c = c0; c < c0 + 8 && c <= r; c++) {
-                        const double v = 0.5 * (static_cast<double>(source[r * k.n + c]) + static_cast<double>(source[c * k.n + r]));
-                        target[(r * k.np + c) * P::S] = target[(c * k.np + r) * P::S] = v;
-                    }
-    }
-
-    template <class T> void transpose(const T* source, Index count, double* target, Index ld) const {
-        for (Index r0 = 0; r0 < count; r0 += 8)
-            for (Index c = 0; c < k.n; c++)
-                for (Index r = r0; r < r0 + 8 && r < count; r++)
-                    target[(c * ld + r) * P::S] = static_cast<double>(source[r * k.n + c]);
     }
 
     // As diffopt.linalg.scaling.equilibrate: Ruiz passes in the largest magnitude, then powers of two.
@@ -144,7 +164,7 @@ template <class P> struct Setup {
             }
         }
         cost = P::max(most);
-        for (int l = 0; l < P::S; l++) P::set_lane(cost, l, power_of_four(1 / P::lane(cost, l)));
+        cost = power_of_four(1.0 / cost);
         for (Index r = 0; r < k.n; r++)
             for (Index q = 0; q < qn; q++) {
                 double* entry = Q + r * k.np * P::S + q * P::W;
@@ -154,7 +174,7 @@ template <class P> struct Setup {
     }
 
     static INLINE Vec inverse_root(Vec norm) {
-        return select((norm > 0.0) & (norm < INF), 1.0 / vsqrt(norm), P::splat(1.0));  // a zero row has no size to correct
+        return select((norm > 0.0) & (norm < INF), rough_inverse_root(norm), P::splat(1.0));  // a zero row has no size
     }
 
     void factor() {

@@ -149,6 +149,24 @@ INLINE double power_of_two(double x) {
 INLINE double power_of_four(double x) {
     return x > 0 && x < INF ? std::exp2(2 * std::nearbyint(std::log2(x) / 2)) : 1.0;
 }
+INLINE Vec power_of_four(Vec x) {
+    for (int i = 0; i < W; i++) x[i] = power_of_four(x[i]);
+    return x;
+}
+
+// 1 / sqrt(x) to five digits for normal x > 0: a root and a division take several times as long. Two Newton steps from
+// half the exponent, negated; Blinn (1997), "Floating-point tricks".
+template <class Bits, class Number> INLINE Number rough_inverse_root(Number x) {
+    Bits bits;
+    std::memcpy(&bits, &x, sizeof x);
+    bits = 0x5fe6eb50c7b537a9LL - (bits >> 1);
+    Number y;
+    std::memcpy(&y, &bits, sizeof y);
+    for (int step = 0; step < 2; step++) y = y * (1.5 - 0.5 * (x * y) * y);
+    return y;
+}
+INLINE Vec rough_inverse_root(Vec x) { return rough_inverse_root<Mask>(x); }
+INLINE double rough_inverse_root(double x) { return rough_inverse_root<int64_t>(x); }
 
 // How problems lie in registers. Everything is written once for all three:
 //

@@ -1,4 +1,4 @@
-// Dense linear algebra of one team on matrices of at most a few hundred rows, in shared memory.
+// Dense linear algebra of one team on matrices of at most a few hundred rows.
 #pragma once
 #include "team.cuh"
 
@@ -91,7 +91,7 @@ __device__ inline void factor_diagonal(const Team& team, const Packed& M, int k0
 // Diagonal blocks end as the inverses of the factor's. Returns whether all pivots were positive. M is complete on entry.
 template <class Team>
 DIFFOPT_STEP bool cholesky(const Team& team, const Packed& matrix, int count) {
-    const Packed M = in_shared(matrix);
+    const Packed M = team.matrix(matrix);
     if (team.rank == 0) *team.flag = 0;
     team.sync();
     for (int k0 = 0; k0 < count; k0 += PANEL) {
@@ -153,7 +153,7 @@ DIFFOPT_STEP void pivot_range(const Team& team, const Packed& M, int count, doub
 // Solve L result = right with the first `count` columns of a factor. right is complete on entry and used up.
 template <class Team>
 DIFFOPT_STEP void solve_lower(const Team& team, const Packed& factor, int count, double* right, double* result) {
-    const Packed M = in_shared(factor);
+    const Packed M = team.matrix(factor);
     double *v = in_shared(right), *out = in_shared(result);
     for (int k0 = 0; k0 < count; k0 += PANEL) {
         const int k1 = lesser(k0 + PANEL, count);
@@ -177,7 +177,7 @@ DIFFOPT_STEP void solve_lower(const Team& team, const Packed& factor, int count,
 // Solve L' result = right, likewise.
 template <class Team>
 DIFFOPT_STEP void solve_upper(const Team& team, const Packed& factor, int count, double* right, double* result) {
-    const Packed M = in_shared(factor);
+    const Packed M = team.matrix(factor);
     double *v = in_shared(right), *out = in_shared(result);
     for (int k1 = count; k1 > 0;) {
         const int k0 = (k1 - 1) / PANEL * PANEL;
@@ -202,8 +202,8 @@ DIFFOPT_STEP void solve_upper(const Team& team, const Packed& factor, int count,
 // matrix <- L^-1 matrix, n x columns, row by row with `ld` numbers a row, for a factor L of n columns.
 template <class Team>
 DIFFOPT_STEP void solve_lower_columns(const Team& team, const Packed& factor, double* matrix, int ld, int columns) {
-    const Packed L = in_shared(factor);
-    double* V = in_shared(matrix);
+    const Packed L = team.matrix(factor);
+    double* V = team.matrix(matrix);
     const int n = L.dim;
     for (int k0 = 0; k0 < n; k0 += PANEL) {
         const int k1 = lesser(k0 + PANEL, n), width = k1 - k0;
@@ -243,8 +243,8 @@ DIFFOPT_STEP void solve_lower_columns(const Team& team, const Packed& factor, do
 // result <- V'V, the lower triangle, for V as above with result.dim columns. Ends without a barrier.
 template <class Team>
 DIFFOPT_STEP void gram(const Team& team, const double* matrix, int ld, int n, const Packed& result) {
-    const double* V = in_shared(matrix);
-    const Packed M = in_shared(result);
+    const double* V = team.matrix(matrix);
+    const Packed M = team.matrix(result);
     const int items = M.dim * ((M.dim + TILE - 1) / TILE);
     for (int item = team.rank; item < items; item += team.size) {
         const int i = item % M.dim, j0 = item / M.dim * TILE;

@@ -29,7 +29,7 @@ DIFFOPT_STEP Measure measure(Job& work) {
     double sums[6] = {0, 0, 0, 0, 0, 0};
     // Errors and sizes, equilibrated and original; whether the set is a new one, and whether it has not been tried.
     double most[6] = {0, reduced.b_size, 0, reduced.b_size_o, 0, 0};
-    const Packed W = in_shared(at.W);
+    const Packed W = team.matrix(at.W);
     double* forces = in_shared(at.f);
     // Forces from multipliers, so that the point is stationary for the multipliers there are. With them 1/w, for the step.
     for (int k = team.rank; k < z.c; k += team.size) {
@@ -89,7 +89,7 @@ DIFFOPT_STEP Measure measure(Job& work) {
 template <class Job>
 DIFFOPT_STEP bool factor_step(Job& work) {
     DIFFOPT_UNPACK(work);
-    const Packed K = in_shared(at.K), W = in_shared(at.W);
+    const Packed K = team.matrix(at.K), W = team.matrix(at.W);
     const double* flex = in_shared(at.flex);
     team.sync();
     for (int j = 0; j < z.c; ++j) {
@@ -325,11 +325,12 @@ DIFFOPT_STEP void give_up(Job& work) {
     }
 }
 
-// Solve instance i.
+// Solve instance i by the team of this place among all that are running.
 template <class T, class Team>
-__device__ inline void solve_instance(const Team& team, const Forward<T>& task, long long i, double* shared) {
-    Work<T, Team> work(team, task, i, shared);
-    if (prepare(work) && iterate(work)) {
+__device__ inline void solve_instance(
+    const Team& team, const Forward<T>& task, long long i, long long place, double* shared) {
+    Work<T, Team> work(team, task, i, place, shared);
+    if (prepare(work) && iterate(work) && claim(work)) {
         store(work);
     } else {
         give_up(work);

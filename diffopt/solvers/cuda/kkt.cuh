@@ -31,7 +31,7 @@ struct KktVectors {
     }
 };
 
-// Factors as in `Kept`; L, E and K in shared memory, V in global memory. list: see `Kept`.
+// Factors as in `Kept`; V in global memory, and L, E and K where the team has its matrices. list: see `Kept`.
 struct ActiveFactor {
     Packed L, E, K;
     const double* V;

@@ -191,6 +191,28 @@ DIFFOPT_STEP bool solve_active(Job& work, double accept, bool flips, bool& flipp
     return false;
 }
 
+// Round the accepted point to what will be written, and judge it anew. Returns whether it may be called solved. (Units are
+// powers of two, so that changing them rounds nothing.)
+template <class Job>
+DIFFOPT_STEP bool claim(Job& work) {
+    using T = typename Job::Real;
+    if constexpr (sizeof(T) == sizeof(double)) return true;
+    DIFFOPT_UNPACK(work);
+    const Scaling& scale = at.scale;
+    auto rounded = [](double v, double unit) { return double(T(v * unit)) / unit; };
+    for (int i = team.rank; i < z.n; i += team.size) at.x[i] = rounded(at.x[i], scale.d[i]);
+    for (int e = team.rank; e < z.p; e += team.size) at.nu[e] = rounded(at.nu[e], scale.rows[e] / scale.cost);
+    for (int k = team.rank; k < z.c; k += team.size) {
+        const double unit = k < z.m ? scale.rows[z.p + k] : 1 / scale.d[k - z.m];
+        at.candidate[k] = rounded(at.candidate[k], unit / scale.cost);
+    }
+    team.sync();
+    products(team, z, work.data, scale, at.x, at.nu, at.candidate, at.kkt);
+    judge(work);
+    const Quality& quality = work.quality;
+    return larger(larger(quality.primal, quality.dual), quality.gap) <= work.task.claim;
+}
+
 // Write the accepted point, and what the backward pass needs.
 template <class Job>
 DIFFOPT_STEP void store(Job& work) {
@@ -247,7 +269,9 @@ DIFFOPT_STEP void store(Job& work) {
         factor_active(work);
     }
     for (int item = team.rank; item < z.eliminated(); item += team.size) kept.E[item] = at.W.at[item];
-    for (int item = team.rank; item < triangle(F.active); item += team.size) kept.K[item] = F.K.at[item];
+    if constexpr (!Job::Team::LARGE) {
+        for (int item = team.rank; item < triangle(F.active); item += team.size) kept.K[item] = F.K.at[item];
+    }
     for (int k = team.rank; k < F.active; k += team.size) kept.list[1 + k] = at.list[k];
     if (team.rank == 0) {
         kept.list[0] = F.active;

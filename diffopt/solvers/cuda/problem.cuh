@@ -5,26 +5,30 @@
 namespace diffopt {
 
 // The arguments of the forward kernel: 8 bytes each, in this order. A stride is in numbers, 0 for what the batch shares.
-// lower and upper are null where there are none. `kept`: `Kept::size` doubles an instance; `lists`: c + 1 ints. counts:
-// iterations, weakly active rows and dependent rows, each of length batch; residuals: primal, dual, gap, likewise.
+// lower and upper are null where there are none. `kept`: `Kept::size` doubles, and `lists`: c + 1 ints, for each instance
+// if `keep`, else for each team, which then has them for one instance after the other. `workspace`: `Memory::far` doubles
+// a team. counts: iterations, weakly active rows and dependent rows, each of length batch; residuals: primal, dual, gap,
+// likewise. `tolerance` is that of the iteration, in float64, and `claim` that of the answer as written, rounded to T.
+// `unsolved` counts what is left to others.
 #define DIFFOPT_FORWARD_ARGUMENTS(T, _)                                                                              \
     _(const T*, Q) _(long long, Q_stride) _(const T*, q) _(long long, q_stride)                                      \
     _(const T*, A) _(long long, A_stride) _(const T*, b) _(long long, b_stride)                                      \
     _(const T*, G) _(long long, G_stride) _(const T*, h) _(long long, h_stride)                                      \
     _(const T*, lower) _(long long, lower_stride) _(const T*, upper) _(long long, upper_stride)                      \
     _(long long, n) _(long long, p) _(long long, m) _(long long, batch)                                              \
-    _(double*, kept) _(int*, lists)                                                                                  \
+    _(double*, kept) _(int*, lists) _(long long, keep) _(double*, workspace)                                         \
     _(T*, x) _(T*, s) _(T*, lam) _(T*, nu) _(T*, lam_lower) _(T*, lam_upper)                                         \
     _(signed char*, status) _(long long*, counts) _(double*, residuals) _(int*, unsolved)                            \
-    _(long long, max_iterations) _(double, tolerance) _(double, weak_tolerance)
+    _(long long, max_iterations) _(double, tolerance) _(double, claim) _(double, weak_tolerance)
 
-// Those of the backward kernel. Of the incoming gradients, g_x to g_upper, and of the results, null is not there.
+// Those of the backward kernel. Of the incoming gradients, g_x to g_upper, and of the results, null is not there. `others`:
+// whether what was left unsolved is somebody else's to differentiate, too; if not, it has failed.
 // vectors: y_x, y_eq, dh, lam of the active rows, x and nu, one row of n + p + 2m + n + p doubles an instance.
 #define DIFFOPT_BACKWARD_ARGUMENTS(T, _)                                                                             \
     _(const T*, Q) _(long long, Q_stride) _(const T*, A) _(long long, A_stride)                                      \
     _(const T*, G) _(long long, G_stride) _(const T*, h) _(long long, h_stride)                                      \
     _(long long, bounded) _(long long, n) _(long long, p) _(long long, m) _(long long, batch)                        \
-    _(const double*, kept) _(const int*, lists)                                                                      \
+    _(const double*, kept) _(const int*, lists) _(long long, others)                                                 \
     _(const T*, g_x) _(const T*, g_s) _(const T*, g_lam) _(const T*, g_nu) _(const T*, g_lower) _(const T*, g_upper) \
     _(T*, dQ) _(T*, dq) _(T*, dA) _(T*, db) _(T*, dG) _(T*, dh) _(T*, dlower) _(T*, dupper) _(double*, vectors)
 

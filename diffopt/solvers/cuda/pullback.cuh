@@ -15,21 +15,28 @@ struct BackwardMemory {
     double *right, *g_slack;                // gradients of x and of inactive slacks, original units
     int *active, *list;                     // per direction: 0, 1 or -1 as in `Memory`; and its list
 
-    __host__ __device__ static int size(const Sizes& z, int threads) {
-        return triangle(z.n) + z.eliminated() + triangle(z.c) + KktVectors::size(z) + 3 * z.n + 2 * z.p + 2 * z.m + z.c +
-               z.c + threads + 1;
+    __host__ __device__ static int size(const Sizes& z, int threads, bool large) {
+        return (large ? 0 : triangle(z.n) + z.eliminated() + triangle(z.c)) + KktVectors::size(z) + 3 * z.n + 2 * z.p +
+               2 * z.m + 2 * z.c + threads + 1;
     }
 
+    // The factors of a large problem are used where they are kept.
     template <class Team>
-    __device__ BackwardMemory(const Sizes& z, double* at, Team& team) {
+    __device__ BackwardMemory(const Sizes& z, double* at, const Kept& kept, Team& team) {
         auto take = [&at](int count) {
             double* start = at;
             at += count;
             return start;
         };
-        L = {take(triangle(z.n)), z.n};
-        E = {take(z.eliminated()), z.all};
-        K = {take(triangle(z.c)), z.c};
+        if constexpr (Team::LARGE) {
+            L = {kept.L, z.n};
+            E = {kept.E, z.all};
+            K = {kept.K, z.c};
+        } else {
+            L = {take(triangle(z.n)), z.n};
+            E = {take(z.eliminated()), z.all};
+            K = {take(triangle(z.c)), z.c};
+        }
         kkt.place(z, take);
         scale.d = take(z.n), x = take(z.n), right = take(z.n);
         nu = take(z.p), scale.rows = take(z.p + z.m), g_slack = take(z.m);
@@ -84,29 +91,46 @@ __device__ inline void write_gradients(
     });
 }
 
+// Whether anything asks for the derivative of instance i.
+template <class T, class Team>
+__device__ inline bool asked(const Team& team, const Sizes& z, const Backward<T>& task, long long i) {
+    bool mine = false;
+    auto look = [&](const T* g, int count) {
+        if (g == nullptr) return;
+        for (int k = team.rank; k < count; k += team.size) mine |= g[i * count + k] != 0;
+    };
+    look(task.g_x, z.n), look(task.g_s, z.m), look(task.g_lam, z.m), look(task.g_nu, z.p);
+    look(task.g_lower, z.n), look(task.g_upper, z.n);
+    return team.any(mine);
+}
+
 // Differentiate instance i.
 template <class T, class Team>
-__device__ inline void pull_back(Team& team, const Backward<T>& task, long long i, double* shared) {
+__device__ inline void pull_back(Team& team, const Backward<T>& task, long long i, long long, double* shared) {
     const Sizes z(int(task.n), int(task.p), int(task.m), task.bounded != 0, false);
     const int n = z.n, p = z.p, m = z.m, c = z.c;
     const Kept kept(z, const_cast<double*>(task.kept), const_cast<int*>(task.lists), i);
     const int active = kept.list[0];
+    BackwardMemory at(z, shared, kept, team);
     if (active < 0) {
-        auto zero = [](int) { return 0.0; };
-        write(team, task.dQ, i, n * n, zero), write(team, task.dA, i, p * n, zero), write(team, task.dG, i, m * n, zero);
-        write(team, task.dq, i, n, zero), write(team, task.db, i, p, zero), write(team, task.dh, i, m, zero);
-        write(team, task.dlower, i, n, zero), write(team, task.dupper, i, n, zero);
-        write(team, task.vectors, i, 2 * (n + p + m), zero);
+        // A failed instance has no gradient, and must not seem to have one.
+        const double none = !task.others && asked(team, z, task, i) ? nan("") : 0.0;
+        auto all = [none](int) { return none; };
+        write(team, task.dQ, i, n * n, all), write(team, task.dA, i, p * n, all), write(team, task.dG, i, m * n, all);
+        write(team, task.dq, i, n, all), write(team, task.db, i, p, all), write(team, task.dh, i, m, all);
+        write(team, task.dlower, i, n, all), write(team, task.dupper, i, n, all);
+        write(team, task.vectors, i, 2 * (n + p + m), all);
         return;
     }
     const Instance<T> data(task, i);
-    BackwardMemory at(z, shared, team);
     const KktVectors& v = at.kkt;
     at.scale.cost = kept.cost[0];
     ActiveFactor F = {at.L, at.E, {at.K.at, active}, kept.V, at.list, active};
-    for (int k = team.rank; k < triangle(n); k += team.size) at.L.at[k] = kept.L[k];
-    for (int k = team.rank; k < z.eliminated(); k += team.size) at.E.at[k] = kept.E[k];
-    for (int k = team.rank; k < triangle(active); k += team.size) at.K.at[k] = kept.K[k];
+    if constexpr (!Team::LARGE) {
+        for (int k = team.rank; k < triangle(n); k += team.size) at.L.at[k] = kept.L[k];
+        for (int k = team.rank; k < z.eliminated(); k += team.size) at.E.at[k] = kept.E[k];
+        for (int k = team.rank; k < triangle(active); k += team.size) at.K.at[k] = kept.K[k];
+    }
     for (int k = team.rank; k < p + m; k += team.size) at.scale.rows[k] = kept.rows[k];
     for (int k = team.rank; k < c; k += team.size) at.active[k] = 0, at.force[k] = 0;
     for (int j = team.rank; j < n; j += team.size) at.scale.d[j] = kept.d[j], at.x[j] = 0;

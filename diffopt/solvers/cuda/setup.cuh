@@ -9,9 +9,10 @@ namespace diffopt {
 constexpr double SAFE_CONDITION = 1e8;
 constexpr double DEPENDENT = 1e-7;
 
-// The shared memory of one team that solves a problem. Two regions change their tenants:
+// The memory of one team that solves a problem. In shared memory two regions of matrices change their tenants:
 //   first   L, then W: all directions' products V'V, of which the first p columns become E and the rest P
 //   second  V, then K (the matrix of a step or of an active set) and L again
+// A large problem has W in its team's workspace, and the others where they are kept anyway.
 struct Memory {
     Packed L, W, K;
     double *V, *second_L;
@@ -30,27 +31,39 @@ struct Memory {
         const int later = triangle(z.c) + triangle(z.n);
         return z.n * z.ld > later ? z.n * z.ld : later;
     }
-    // In doubles, with `threads` for the team's scratch memory and 1 for its flag.
-    __host__ __device__ static int size(const Sizes& z, int threads) {
-        return first(z) + second(z) + KktVectors::size(z) + 3 * z.n + 3 * z.p + z.m + 7 * z.c + 6 * z.rows +
-               (5 * z.c + 1) / 2 + threads + 1;
+    // Shared memory in doubles, with `threads` for the team's scratch memory and 1 for its flag.
+    __host__ __device__ static int size(const Sizes& z, int threads, bool large) {
+        return (large ? 0 : first(z) + second(z)) + KktVectors::size(z) + 3 * z.n + 3 * z.p + z.m + 7 * z.c +
+               6 * z.rows + (5 * z.c + 1) / 2 + threads + 1;
     }
 
-    // Lay a team's memory out, and give the team its own part of it.
+    // The workspace of a large problem, in doubles.
+    __host__ __device__ static int far(const Sizes& z) { return triangle(z.all); }
+
+    // Lay the memory of the team of this place out, and give the team its own part of it.
     template <class Team>
-    __device__ Memory(const Sizes& z, double* at, Team& team) {
+    __device__ Memory(
+        const Sizes& z, double* at, double* workspace, long long place, const Kept& kept, Team& team) {
         auto take = [&at](int count) {
             double* start = at;
             at += count;
             return start;
         };
-        double* one = take(first(z));
-        double* two = take(second(z));
-        L = {one, z.n};
-        W = {one, z.all};
-        V = two;
-        K = {two, z.c};
-        second_L = two + triangle(z.c);
+        if constexpr (Team::LARGE) {
+            L = {kept.L, z.n};
+            W = {workspace + place * far(z), z.all};
+            V = kept.V;
+            K = {kept.K, z.c};
+            second_L = kept.L;
+        } else {
+            double* one = take(first(z));
+            double* two = take(second(z));
+            L = {one, z.n};
+            W = {one, z.all};
+            V = two;
+            K = {two, z.c};
+            second_L = two + triangle(z.c);
+        }
         kkt.place(z, take);
         scale.d = take(z.n), x = take(z.n), t = take(z.n);
         nu = take(z.p), b = take(z.p);
@@ -93,17 +106,18 @@ struct Work {
     long long i;
     Sizes z;
     Instance<T> data;
-    Memory at;
     Kept kept;
+    Memory at;
     Reduced reduced;
     ActiveFactor F;
     Quality quality;
     int iterations;
 
-    __device__ Work(const Team& given, const Forward<T>& task, long long i, double* shared)
+    __device__ Work(const Team& given, const Forward<T>& task, long long i, long long place, double* shared)
         : team(given), task(task), i(i),
           z(int(task.n), int(task.p), int(task.m), task.lower != nullptr, task.upper != nullptr), data(task, i),
-          at(z, shared, team), kept(z, task.kept, task.lists, i), reduced(),
+          kept(z, task.kept, task.lists, task.keep ? i : place),
+          at(z, shared, task.workspace, place, kept, team), reduced(),
           F{{at.second_L, z.n}, {at.W.at, z.all}, {at.K.at, 0}, kept.V, at.list, 0}, quality(), iterations(0) {}
 };
 
@@ -204,8 +218,10 @@ DIFFOPT_STEP bool prepare(Job& work) {
     if (!(least * SAFE_CONDITION >= most)) return false;
     solve_lower_columns(team, at.L, at.V, z.ld, z.all);
     solve_lower(team, at.L, n, at.kkt.r_x, at.t);
-    for (int item = team.rank; item < triangle(n); item += team.size) kept.L[item] = at.L.at[item];
-    for (int item = team.rank; item < n * z.ld; item += team.size) kept.V[item] = at.V[item];
+    if constexpr (!Job::Team::LARGE) {
+        for (int item = team.rank; item < triangle(n); item += team.size) kept.L[item] = at.L.at[item];
+        for (int item = team.rank; item < n * z.ld; item += team.size) kept.V[item] = at.V[item];
+    }
     double* pulled = at.kkt.pulled;
     for (int j = team.rank; j < z.all; j += team.size) {
         double sum = 0;
@@ -251,8 +267,10 @@ DIFFOPT_STEP bool prepare(Job& work) {
     reduced.xQx = sums[0], reduced.qx = sums[1], reduced.bnu = sums[2];
     team.sync();  // K and L take the place of V
 
-    for (int item = team.rank; item < triangle(n); item += team.size) at.second_L[item] = kept.L[item];
-    team.sync();
+    if constexpr (!Job::Team::LARGE) {
+        for (int item = team.rank; item < triangle(n); item += team.size) at.second_L[item] = kept.L[item];
+        team.sync();
+    }
     return true;
 }
 

@@ -1,6 +1,6 @@
 // A team of threads that works on one problem: a whole block, or one warp of it.
 //
-// All of the text in this folder is written against a team, so that the same lines make both variants. A function
+// All of the text in this folder is written against a team, so that the same lines make all variants. A function
 // that takes a team is called by all of its threads, and may be left without a barrier only where it says so.
 #pragma once
 
@@ -58,12 +58,28 @@ __device__ inline double across_warp(double v) {
     return v;
 }
 
+// Who works on a problem, and where it lies. Vectors are in shared memory always; matrices too, but where they are too
+// large for it: then in global memory, where the cache keeps those that are iterated on.
+enum class Variant { warp, block, large };
+
 // scratch: one double a thread, and flag: one int, both shared by the team.
-template <bool WHOLE_BLOCK>
+template <Variant VARIANT>
 struct Team {
+    static constexpr bool WHOLE_BLOCK = VARIANT != Variant::warp, LARGE = VARIANT == Variant::large;
+
     int rank, size;
     double* scratch;
     int* flag;
+
+    // The same matrix, known to the compiler to be in shared memory if it is.
+    template <class Matrix>
+    __device__ Matrix matrix(const Matrix& M) const {
+        if constexpr (LARGE) {
+            return M;
+        } else {
+            return in_shared(M);
+        }
+    }
 
     __device__ int lane() const { return rank % WARP; }
     __device__ int warp() const { return rank / WARP; }
@@ -100,9 +116,9 @@ constexpr int CHUNK = WARP < 4 ? WARP : 4;    // numbers whose shuffles overlap
 constexpr int ROUND = WARP < 16 ? WARP : 16;  // numbers of each warp that the scratch memory takes at a time
 
 // What `Team::combine` does, for `count` numbers, a multiple of CHUNK. Compiled once: inline it would be most of the code.
-template <class Op, bool WHOLE_BLOCK>
-DIFFOPT_STEP void combine_over(const Team<WHOLE_BLOCK>& team, double* v, int count) {
-    if constexpr (!WHOLE_BLOCK) team.sync();  // shuffles alone order no memory
+template <class Op, class Team>
+DIFFOPT_STEP void combine_over(const Team& team, double* v, int count) {
+    if constexpr (!Team::WHOLE_BLOCK) team.sync();  // shuffles alone order no memory
 #pragma unroll 1
     for (int first = 0; first < count; first += CHUNK) {
         double part[CHUNK];
@@ -112,7 +128,7 @@ DIFFOPT_STEP void combine_over(const Team<WHOLE_BLOCK>& team, double* v, int cou
         }
         for (int b = 0; b < CHUNK; ++b) v[first + b] = part[b];
     }
-    if constexpr (WHOLE_BLOCK) {
+    if constexpr (Team::WHOLE_BLOCK) {
         double* scratch = in_shared(team.scratch);
 #pragma unroll 1
         for (int first = 0; first < count; first += ROUND) {
@@ -133,9 +149,9 @@ DIFFOPT_STEP void combine_over(const Team<WHOLE_BLOCK>& team, double* v, int cou
     }
 }
 
-template <bool WHOLE_BLOCK>
+template <Variant VARIANT>
 template <class Op, int N>
-__device__ inline void Team<WHOLE_BLOCK>::combine(double (&v)[N]) const {
+__device__ inline void Team<VARIANT>::combine(double (&v)[N]) const {
     constexpr int PADDED = (N + CHUNK - 1) / CHUNK * CHUNK;
     double all[PADDED];
 #pragma unroll

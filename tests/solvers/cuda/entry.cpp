@@ -3,7 +3,8 @@
 
 #include "kernels.cu"
 
-#define EACH_KERNEL(_) _(solve_block) _(solve_warp) _(pullback_block) _(pullback_warp)
+#define EACH_KERNEL(_) \
+    _(solve_block) _(solve_warp) _(solve_large) _(pullback_block) _(pullback_warp) _(pullback_large)
 
 // Returns how many arguments the kernel has, -1 if there is no such kernel; runs it if that is `count`.
 extern "C" int shim_launch(
@@ -20,12 +21,14 @@ extern "C" int shim_launch(
     return -1;
 }
 
-// Sizes that the Python side computes for itself: shared doubles of a forward and of a backward team, numbers kept.
-extern "C" void shim_sizes(int n, int p, int m, int lower, int upper, int threads, long long* sizes) {
+// Sizes that the Python side computes for itself: shared doubles of a forward and of a backward team, numbers kept, and
+// the workspace of a large problem.
+extern "C" void shim_sizes(int n, int p, int m, int lower, int upper, int threads, int large, long long* sizes) {
     const diffopt::Sizes z(n, p, m, lower, upper);
-    sizes[0] = diffopt::Memory::size(z, threads);
-    sizes[1] = diffopt::BackwardMemory::size(z, threads);
+    sizes[0] = diffopt::Memory::size(z, threads, large);
+    sizes[1] = diffopt::BackwardMemory::size(z, threads, large);
     sizes[2] = diffopt::Kept::size(z);
+    sizes[3] = diffopt::Memory::far(z);
 }
 
 extern "C" int shim_warp() { return diffopt::WARP; }

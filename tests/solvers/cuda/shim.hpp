@@ -1,5 +1,5 @@
 // Enough of CUDA's language for a host compiler to run the kernels: a std::thread for each CUDA thread of a block, blocks one
-// after the other. Barriers are std::barrier, so that a thread sanitizer sees what they order and what nothing orders.
+// after the other, or all at once. Barriers are std::barrier, so that a thread sanitizer sees what they order and what nothing orders.
 #pragma once
 
 #include <algorithm>
@@ -49,7 +49,7 @@ struct Block {
 
 struct Mine {
     Block* block;
-    Index thread, of_grid, size;
+    Index thread, of_grid, size, grid;
     Warp& warp() const { return *block->warps[thread.x / DIFFOPT_WARP]; }
 };
 
@@ -60,6 +60,7 @@ inline thread_local Mine mine;
 #define threadIdx shim::mine.thread
 #define blockIdx shim::mine.of_grid
 #define blockDim shim::mine.size
+#define gridDim shim::mine.grid
 
 inline void __syncthreads() {
     if (blockDim.x > 1) shim::mine.block->barrier.arrive_and_wait();
@@ -91,26 +92,34 @@ namespace shim {
 // Launch a kernel whose arguments are 8 bytes each.
 template <class... Arguments, size_t... I>
 void launch(void (*kernel)(Arguments...), std::index_sequence<I...>, unsigned grid, int threads, size_t bytes,
-            const long long* words) {
+            const long long* words, bool at_once) {
+    std::vector<std::thread> all;
+    auto join = [&] {
+        for (auto& thread : all) thread.join();
+        all.clear();
+    };
+    std::vector<std::unique_ptr<Block>> blocks;
     for (unsigned i = 0; i < grid; ++i) {
-        Block block(threads, bytes / sizeof(double));
-        auto run = [&](unsigned rank) {
-            mine = {&block, {rank}, {i}, {unsigned(threads)}};
+        if (!at_once) blocks.clear();
+        blocks.push_back(std::make_unique<Block>(threads, bytes / sizeof(double)));
+        auto run = [=, block = blocks.back().get()](unsigned rank) {
+            mine = {block, {rank}, {i}, {unsigned(threads)}, {grid}};
             kernel(std::bit_cast<Arguments>(words[I])...);
         };
         if (threads == 1) {
             run(0);
             continue;
         }
-        std::vector<std::thread> all;
         for (int rank = 0; rank < threads; ++rank) all.emplace_back(run, rank);
-        for (auto& thread : all) thread.join();
+        if (!at_once) join();
     }
+    join();
 }
 
 template <class... Arguments>
-void launch(void (*kernel)(Arguments...), unsigned grid, int threads, size_t bytes, const long long* words) {
-    launch(kernel, std::index_sequence_for<Arguments...>{}, grid, threads, bytes, words);
+void launch(void (*kernel)(Arguments...), unsigned grid, int threads, size_t bytes, const long long* words,
+            bool at_once = false) {
+    launch(kernel, std::index_sequence_for<Arguments...>{}, grid, threads, bytes, words, at_once);
 }
 
 template <class... Arguments>

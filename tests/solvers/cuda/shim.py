@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffopt.solvers.cuda_executor import SOURCES, Launcher
+from diffopt.solvers.cuda_executor import SOURCES, Launcher, Shape
 
 HERE = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
@@ -46,7 +46,7 @@ def library(real: str, warp: int) -> ctypes.CDLL:
     longs = ctypes.POINTER(ctypes.c_longlong)
     loaded.shim_launch.argtypes = [ctypes.c_char_p, *[ctypes.c_longlong] * 3, ctypes.c_char_p, ctypes.c_longlong]
     loaded.shim_launch.restype = ctypes.c_int
-    loaded.shim_sizes.argtypes = [*[ctypes.c_int] * 6, longs]
+    loaded.shim_sizes.argtypes = [*[ctypes.c_int] * 7, longs]
     return loaded
 
 
@@ -55,13 +55,15 @@ class ShimLauncher(Launcher):
 
     Args:
         warp: lanes of a warp. 1: everything runs in one thread, which is fast.
-        warps: warps of a block in the block variant.
+        warps: warps of a block in the variants that have a block for each problem.
+        limit: bytes of shared memory.
+        blocks: how many run at a time.
     """
 
     device_type = "cpu"
 
-    def __init__(self, warp: int = 1, warps: int = 1, limit: int = 227 * 1024) -> None:
-        self.warp, self.warps, self.limit = warp, warps, limit
+    def __init__(self, warp: int = 1, warps: int = 1, limit: int = 227 * 1024, blocks: int = 2) -> None:
+        self.warp, self.warps, self.limit, self.blocks = warp, warps, limit, blocks
 
     def missing(self) -> str | None:
         """See `Launcher`."""
@@ -71,11 +73,15 @@ class ShimLauncher(Launcher):
         """See `Launcher`."""
         return self.limit
 
+    def at_a_time(self, device: torch.device, shape: Shape) -> int:
+        """See `Launcher`."""
+        return self.blocks
+
     def launch(
         self, kernel: str, like: Tensor, grid: int, threads: int, shared: int, arguments: list[int | float]
     ) -> None:
-        """See `Launcher`; a block of the block variant gets the threads of ``warps``."""
-        if kernel.endswith("block"):
+        """See `Launcher`; a block that has one problem gets the threads of ``warps``."""
+        if not kernel.endswith("warp"):
             threads = self.warp * self.warps
         elif self.warp == 1:
             # A lone thread has no barrier to wait at: one problem a block, one block after the other.
