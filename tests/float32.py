@@ -33,8 +33,8 @@ class Problems(NamedTuple):
 class Accuracy(NamedTuple):
     """Worst errors of x and of gradients against float64 with the rounded data, and with the data themselves.
 
-    ``kinks``: instances with more weakly active rows than in float64, whose `Settings.weak_tolerance` is smaller: another
-    gradient, by the rule for kinks, and left out of the errors of gradients.
+    ``kinks``: instances with more weakly active rows than in float64, whose `Settings.weak_tolerance` is smaller:
+    another gradient, by the rule for kinks, and left out of the errors of gradients.
     """
 
     instances: int

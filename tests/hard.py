@@ -1,7 +1,8 @@
 """Run random instances of all hard families, and check every claim: ``make hard``.
 
 Prints, by family, how many instances ended as they must, were given up, or claimed what is not so; then the seeds of
-the last two, to be run again with ``--family`` and ``--seed``. With ``--write`` it puts its tables into `docs/accuracy.md`.
+the last two, to be run again with ``--family`` and ``--seed``. With ``--write`` it puts its tables into
+`docs/accuracy.md`.
 """
 
 from __future__ import annotations
