@@ -17,6 +17,7 @@ import measures
 import pages
 from diffopt import Settings, Status
 from diffopt.check import known
+from diffopt.check.known import Bounds
 
 f32, f64 = torch.float32, torch.float64
 
@@ -46,13 +47,16 @@ class Accuracy(NamedTuple):
     gradient_unrounded: float
 
 
+SIZES: list[tuple[tuple[int, int, int], Bounds]] = [((5, 1, 4), "mixed"), ((20, 4, 15), "both"), ((40, 5, 60), None)]
+
+
 def sets(regular: list[str]) -> Iterator[Problems]:
     """Yield the sets of problems; ``regular``: names of Maros-Meszaros problems with a derivative."""
     for condition in (1e2, 1e4, 1e6):
         batches = [
-            known.quadratic_program(seed, n, p, m, bounds=bounds, batch=(16,), condition=condition).arguments()
-            for seed, (n, p, m, bounds) in enumerate([(5, 1, 4, "mixed"), (20, 4, 15, "both"), (40, 5, 60, None)])
-        ]  # type: ignore[arg-type]
+            known.quadratic_program(seed, *sizes, bounds=bounds, batch=(16,), condition=condition).arguments()
+            for seed, (sizes, bounds) in enumerate(SIZES)
+        ]
         yield Problems(f"random, cond(Q) up to {condition:.0e}", batches)
     linear = [
         known.linear_program(seed, n, p, m, bounds="both", batch=(16,)).arguments()

@@ -269,6 +269,7 @@ def hessian_zero(s: Sizes) -> Drawn:
 
 def hessian_nonsymmetric(s: Sizes) -> Drawn:
     problem, twist = ordinary(s), normal(s, s.n, s.n)
+    assert problem.Q is not None
     return solved(problem, Q=problem.Q + twist - twist.mT)
 
 
@@ -393,6 +394,7 @@ def columns_badly_scaled(s: Sizes) -> Drawn:
 
 def objective_badly_scaled(s: Sizes) -> Drawn:
     problem, cost = ordinary(s), powers(s, 8.0, 1)
+    assert problem.Q is not None
     return solved(problem, Q=cost.unsqueeze(-1) * problem.Q, q=cost * problem.q)
 
 

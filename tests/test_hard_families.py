@@ -89,7 +89,7 @@ def test_a_contradiction_of_rounding_errors_is_none(executor: Any, ulps: int) ->
     device = "cuda" if executor == "cuda" else "cpu"
     settings = Settings(executor=executor)
     for rows in ({"A": A, "b": b}, {"G": torch.cat([A, -A]), "h": torch.cat([b, -b])}):
-        data = {name: value.to(device) for name, value in rows.items()}
+        data: dict[str, Any] = {name: value.to(device) for name, value in rows.items()}
         solution = diffopt.solve_qp(None, q.to(device), **data, settings=settings, on_failure="return")
         assert int(solution.status) == Status.DUAL_INFEASIBLE
 
