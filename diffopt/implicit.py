@@ -13,7 +13,6 @@ order 2^k - 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from torch.autograd import forward_ad
 from diffopt import kkt, transforms, waiting
 from diffopt.errors import ChangedDataError
 from diffopt.linalg.central import central_ratio
-from diffopt.linalg.matrices import Dense, SymmetricMatrix
+from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.linalg.saddle import Blocks, Factor, Saddle, solve_minimum_norm
 from diffopt.linalg.scaling import Scaling
 from diffopt.packed import Arrangement, Packed
@@ -84,6 +83,19 @@ def prepare(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
         counts = torch.stack([iterations, weakly_active, torch.where(failed, -1, system.dependent())])
     ratios = (ratio.to(form.dtype) for ratio in (system.ratio_row, system.ratio_bound))
     return Prepared(found, safe, system, counts, Rule(failed, system.active, system.equation_row, *ratios))
+
+
+def prepared_inside(form: Form, prepare: Callable[[Form], Prepared]) -> Prepared:
+    """Return what ``prepare`` makes of a form over plain tensors, as the transforms of ``torch.func`` show it."""
+    done: list[Prepared] = []
+
+    def run(inner: Form) -> tuple[Tensor, ...]:
+        done.append(prepare(inner.detach()))
+        return flatten(done[0])
+
+    call = transforms.Call(form, run, BATCH_SECOND, all_layers=True)
+    outputs = transforms.Unwrapped.apply(call, *(tensor.detach() for tensor in form.tensors().values()))
+    return unflatten(done[0], outputs)
 
 
 BATCH_SECOND = 2
@@ -241,10 +253,7 @@ def apart(
         form: the problem, detached.
         found: its solution; it may keep the memory of the outputs, not the outputs.
     """
-    found = found.replace(
-        point=kkt.Point(*(v.detach() for v in found.point)), status=found.status, residuals=found.residuals,
-        counts=found.counts, packed=None,
-    )  # fmt: skip
+    found = found.unpacked().replace(point=kkt.Point(*(v.detach() for v in found.point)), packed=None)
     task = _Task(form, found, (), [], kink_rule, weak_tolerance)
     counts = found.counts
     if counts is None or (keep and (found.pullback is None or kink_rule != "inactive")):
@@ -262,8 +271,8 @@ def value_gradients(
     To the first go the partial derivatives of the Lagrangian. To the second goes zero, of which the derivative is none.
     """
     with torch.enable_grad():
-        form = form.with_tensors(_aliases(form.tensors()))
-        point = kkt.Point(*_aliases(point._asdict()).values())
+        form = form.with_tensors(aliases(form.tensors()))
+        point = kkt.Point(*aliases(point._asdict()).values())
         failed = _failed(status)
         plain = kkt.Point(*(v.detach() for v in point))
         total = _value(form, point, plain, _safe(plain, failed), failed, attached=True)
@@ -416,7 +425,7 @@ def _differentiated(
     with torch.enable_grad():
         if prepared is None:
             prepared = prepare(form.detach(), found, task.kink_rule, task.weak_tolerance)
-        form = form.with_tensors(_aliases(form.tensors()))
+        form = form.with_tensors(aliases(form.tensors()))
         again = attach(form, prepared)
         outputs = (again.x, again.s, again.nu, again.lam, again.lam_lower, again.lam_upper)
         used = [(v, g) for v, g in zip(outputs, grads, strict=True) if g is not None and v.requires_grad]
@@ -427,162 +436,67 @@ def _differentiated(
         )  # fmt: skip
 
 
-def _aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors under names of their own for autograd: one that was computed from another is not to collect
     its part twice."""
     return {name: tensor.view_as(tensor) for name, tensor in tensors.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class Jacobian:
-    """The KKT matrix of one instance of a dense program, its inactive rows left out: for a reverse pass that is not
-    itself differentiated in the data. Many incoming gradients are then the columns of one right-hand side.
-
-    (No tuple: transforms look into those that pass an autograd function.)
-
-    Attributes:
-        form, found: the problem and its solution, plain; point: that of the solution, as vectors.
-        matrix: K, ``(N, N)``, N = n + p + active rows + active bounds.
-        rows, bounds: the places of active rows and bounds.
-        side: -1 for an active lower bound, 1 for an upper one.
-    """
-
-    form: QPForm
-    found: kkt.Solved
-    point: kkt.Point
-    matrix: Tensor
-    rows: Tensor
-    bounds: Tensor
-    side: Tensor
-
-    def outputs(self) -> tuple[Tensor, ...]:
-        """Return counts, residuals, status and the point, for a way through a transform."""
-        assert self.found.counts is not None
-        return self.found.counts, self.found.residuals, self.found.status, *self.found.point
+def safe_point(point: kkt.Point, status: Tensor) -> kkt.Point:
+    """Return a point with harmless values in instances that failed."""
+    return _safe(point, _failed(status))
 
 
-def jacobian_of(form: Form, found: kkt.Solved, kink_rule: str) -> Jacobian | None:
-    """Return the KKT matrix of a solution of one dense instance at which nothing is special, else ``None``."""
-    counts = found.counts
-    if counts is None or found.others or kink_rule != "inactive" or counts.numel() != 3 or form.dtype != torch.float64:
-        return None
-    if not (found.solved and isinstance(form, QPForm) and isinstance(form.Q, Dense)) or bool(counts[1:].any()):
-        return None
-    if not found.executor.endswith(":dual"):  # Q is positive definite, so that K is regular
-        return None
-    # (A polished solution without weakly active rows has zeros for the multipliers of inactive ones.)
-    point, n = kkt.Point(*(v.detach().reshape(-1) for v in found.point)), form.n
-    rows, bounds = point.lam.nonzero().flatten(), (point.lam_lower + point.lam_upper).nonzero().flatten()
-    A, G = form.A.reshape(form.p, n), form.G.reshape(form.m, n)
-    eye = torch.eye(n, dtype=form.dtype, device=form.device)
-    B = torch.cat([A, G[rows], eye[bounds]])
-    matrix = B.new_zeros(n + len(B), n + len(B))
-    matrix[:n, :n], matrix[n:, :n], matrix[:n, n:] = form.Q.dense().reshape(n, n), B, B.mT
-    side = torch.where(point.lam_upper[bounds] > 0, 1.0, -1.0).to(form.dtype)
-    return Jacobian(form, found, point, matrix, rows, bounds, side)
-
-
-def attach_by_jacobian(form: Form, jacobian: Jacobian, outputs: tuple[Tensor, ...]) -> Solution:
-    """Return the solution, attached to every tensor of ``form`` for one reverse pass of any number of gradients.
+def optimal_value(form: Form, point: kkt.Point, values: kkt.Point, status: Tensor) -> Tensor:
+    """Return the optimal value, attached to the form and through the point.
 
     Args:
-        form: the problem as the reverse mode of ``torch.func`` shows it.
-        outputs: those of the Jacobian, likewise.
+        point: the attached solution; values: the same without a derivative.
     """
-    counts, residuals, status, *values = outputs
-    point = kkt.Point(*_ByJacobian.apply(jacobian, *form.tensors().values()))
-
-    def value() -> Tensor:
-        plain = kkt.Point(*values)
-        return _value(form, point, plain, plain, torch.zeros_like(status, dtype=torch.bool), attached=True)
-
-    return Solution(
-        *(point.x, point.s, point.lam, point.nu, point.lam_lower, point.lam_upper),
-        status=status,
-        report=Report(residuals, counts),
-        certificate=None,
-        backend=jacobian.found.backend,
-        executor=jacobian.found.executor,
-        _value=value,
-    )
+    failed = _failed(status)
+    return _value(form, point, values, _safe(values, failed), failed, attached=True)
 
 
-class _ByJacobian(torch.autograd.Function):
-    """The values of a solution; backward is the transposed Jacobian, which is constant: see `Jacobian`."""
+def data_gradients(
+    form: QPForm, point: kkt.Point, status: Tensor, vectors: kkt.Sides, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Return the gradients for those tensors of a form (plain) that need one, from those of q, b, h, lower and upper.
 
-    @staticmethod
-    def forward(jacobian: Jacobian, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(v.view_as(v) for v in jacobian.found.point)
+    Args:
+        vectors: ``(many, *batch, size)``, of each instance its own.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.jacobian, ctx.shapes = inputs[0], [v.shape for v in inputs[1:]]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        j: Jacobian = ctx.jacobian
-        for_x, for_s, for_nu, for_lam, for_lower, for_upper = (None if g is None else g.reshape(-1) for g in grads)
-        x, p, rows, bounds = j.point.x, j.form.p, j.rows, j.bounds
-        zero = x.new_zeros
-        G = j.form.G.reshape(j.form.m, len(x))
-        if for_s is not None:  # s = h - Gx
-            for_x = -(for_s @ G) if for_x is None else for_x - for_s @ G
-        force = zero(len(bounds))
-        for gradient, side in ((for_lower, -1), (for_upper, 1)):
-            if gradient is not None:
-                force = force + torch.where(j.side == side, side * gradient[bounds], 0.0)
-        right = torch.cat([
-            zero(len(x)) if for_x is None else for_x, zero(p) if for_nu is None else for_nu,
-            zero(len(rows)) if for_lam is None else for_lam[rows], force,
-        ])  # fmt: skip
-        # theta' = -(dF/dtheta)' y with K y = right.
-        y = _Inverse.apply(j.matrix, right)
-        y_x, y_eq, y_row, y_bound = y.split([len(x), p, len(rows), len(bounds)])
-        need = dict(zip(j.form.tensors(), ctx.needs_input_grad[1:], strict=True))
-        found: dict[str, Tensor] = {"q": -y_x, "b": y_eq}
-        if need["Q"]:
-            outer = _outer(y_x, x)
-            found["Q"] = -0.5 * (outer + outer.mT)
-        if need["A"]:
-            found["A"] = -_outer(y_eq, x) - _outer(j.point.nu, y_x)
-        if need["h"] or need["G"]:
-            full = zero(len(G)).index_copy(0, rows, y_row)
-            found["h"] = full if for_s is None else full + for_s
-            if need["G"]:
-                found["G"] = -_outer(found["h"], x) - _outer(j.point.lam, y_x)
-        for name, side in (("lower", -1), ("upper", 1)):
-            if need.get(name):
-                found[name] = zero(len(x)).index_copy(0, bounds, torch.where(j.side == side, y_bound, 0.0))
-        gradients = (found[k].reshape(v) if need[k] else None for k, v in zip(need, ctx.shapes, strict=True))
-        return None, *gradients
+    Returns:
+        For each tensor ``(many, *batch, ...)``, of each instance its own, too: `summed` adds up shared ones.
+    """
+    dq, db, dh, dlower, dupper = vectors
+    names = list(form.tensors())
+    count = len(form.Q.tensors())
+    found: dict[str, Tensor | None] = {"q": dq, "b": db, "h": dh, "lower": dlower, "upper": dupper}
+    if not (any(needed[:count]) or needed[names.index("A")] or needed[names.index("G")]):
+        return [found[name] if need else None for name, need in zip(names, needed, strict=True)]
+    # (An instance that failed has zeros here, or NaN if its derivative was asked for.)
+    x, _, nu, lam, *_ = safe_point(point, status)
+    if any(needed[:count]):
+        found |= dict(zip(names, form.Q.pairing_gradient(dq, x), strict=False))
+    if needed[names.index("A")]:
+        found["A"] = _outer(nu, dq) - _outer(db, x)
+    if needed[names.index("G")]:
+        found["G"] = _outer(lam, dq) - _outer(dh, x)
+    return [found[name] if need else None for name, need in zip(names, needed, strict=True)]
 
 
-class _Inverse(torch.autograd.Function):
-    """y = K^-1 r for a constant symmetric K ``(N, N)``, many r at once under vmap; closed under derivatives."""
+def summed(gradient: Tensor, lead: torch.Size, keep: int, dims: int) -> Tensor:
+    """Return a gradient summed over what a tensor was broadcast along.
 
-    @staticmethod
-    def forward(matrix: Tensor, r: Tensor) -> Tensor:
-        return torch.linalg.solve(matrix, r.reshape(-1, len(matrix)).mT).mT.reshape(r.shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.matrix = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, _Inverse.apply(ctx.matrix, grad)
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
-        with transforms.seen_by_other_forward_modes():
-            return _Inverse.apply(ctx.matrix, tangent)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], matrix: Tensor, r: Tensor) -> tuple[Tensor, int | None]:
-        if in_dims[1] is None:
-            return _Inverse.apply(matrix, r), None
-        return _Inverse.apply(matrix, r.movedim(in_dims[1], 0)), 0
+    Args:
+        gradient: its first ``keep`` dimensions stay, its last ``dims`` too.
+        lead: the batch dimensions of the tensor, which may be fewer.
+    """
+    if gradient.shape[keep : gradient.dim() - dims] == lead:
+        return gradient
+    first, core = gradient.shape[:keep], gradient.shape[gradient.dim() - dims :]
+    missing = gradient.dim() - keep - dims - len(lead)
+    return gradient.sum_to_size(*first, *[1] * missing, *lead, *core).reshape(*first, *lead, *core)
 
 
 def _failed(status: Tensor) -> Tensor:
@@ -700,10 +614,11 @@ def _value(form: Form, point: kkt.Point, values: kkt.Point, safe: kkt.Point, fai
     )
     g = form.inequalities(x)
     total = form.objective(x) + (nu * form.equalities(x)).sum(-1)
-    total = total + torch.where(torch.isfinite(g), lam * g, 0.0).sum(-1)
+    # (What is infinite must not meet its multiplier, or the gradient of that is NaN.)
+    total = total + (lam * torch.where(torch.isfinite(g), g, 0.0)).sum(-1)
     for bound, dual, sign in ((form.lower, lower, -1), (form.upper, upper, 1)):
         if bound is not None:
-            total = total + sign * torch.where(torch.isfinite(bound), dual * (x - bound), 0.0).sum(-1)
+            total = total + sign * (dual * torch.where(torch.isfinite(bound), x - bound, 0.0)).sum(-1)
     change = _Gate.apply(_only_derivative(total).unsqueeze(-1), failed).squeeze(-1)
     return objective + change
 
@@ -1029,6 +944,28 @@ class _Gate(torch.autograd.Function):
             return _gated(tangent, failed)
 
 
+@torch.library.custom_op("diffopt::gate", mutates_args=())
+def _compiled_gate(v: Tensor, failed: Tensor) -> Tensor:
+    """Return v; in reverse mode the same as `_Gate`. (``torch.compile`` takes no function that has a forward mode.)"""
+    return v.clone()
+
+
+_compiled_gate.register_fake(lambda v, failed: torch.empty_like(v))
+_compiled_gate.register_autograd(
+    lambda ctx, grad: (_gated(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+)
+
+
+@_compiled_gate.register_vmap
+def _(info: Any, in_dims: tuple[int | None, int | None], v: Tensor, failed: Tensor) -> tuple[Tensor, int]:
+    first = [
+        t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip((v, failed), in_dims, strict=True)
+    ]
+    return _compiled_gate(*first), 0
+
+
 def moved_like(value: Tensor, other: Tensor) -> Tensor:
     """Return ``value`` with the derivative of ``other``, both ``(*batch, k)``."""
     return value + _only_derivative(other)
@@ -1036,7 +973,7 @@ def moved_like(value: Tensor, other: Tensor) -> Tensor:
 
 def gate(v: Tensor, failed: Tensor) -> Tensor:
     """Return v ``(*batch, k)``, whose derivative in instances marked ``failed`` is NaN unless it is not asked for."""
-    return _Gate.apply(v, failed)
+    return _compiled_gate(v, failed) if torch.compiler.is_compiling() else _Gate.apply(v, failed)
 
 
 def _gated(v: Tensor, failed: Tensor) -> Tensor:

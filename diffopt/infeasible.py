@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import kkt
+from diffopt import kkt, transforms
 from diffopt.backends.base import ALMOST
 from diffopt.cones import kinds
 from diffopt.errors import BackendUnsupported, ParameterError, SettingsError, ShapeError
@@ -345,10 +345,10 @@ def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
     # (Instances that clearly have no solution are not tried: proving it once more would cost the most of all.)
     first = solve(_made_feasible(form, clear))
     codes = (Status.PRIMAL_INFEASIBLE, Status.NUMERICAL_ERROR, Status.MAX_ITERATIONS)
-    failed = torch.stack([first.status == code for code in codes]).any(0)
+    failed = torch.stack([first.status == int(code) for code in codes]).any(0)
     use = clear | (failed & (most > tolerance))
     zero = _no_shifts(first)
-    if not bool(use.any()):
+    if _nowhere(use):
         return replace(first, shifts=zero, _value=lambda: first.value)
     none = zero.low
     held = _Sides(*(((v.abs() > tolerance * size) & use.unsqueeze(-1)).detach() for v in y))
@@ -388,6 +388,11 @@ def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
     )
 
 
+def _nowhere(mask: Tensor) -> bool:
+    """Return whether a mask is known to be true nowhere. (While a graph is traced there are no values.)"""
+    return not torch.compiler.is_compiling() and not bool(transforms.plain(mask).any())
+
+
 def _no_shifts(solution: Solution) -> Shifts:
     none = torch.zeros_like(solution.x)
     return Shifts(torch.zeros_like(solution.nu), torch.zeros_like(solution.s), none, none)
@@ -395,7 +400,7 @@ def _no_shifts(solution: Solution) -> Shifts:
 
 def _made_feasible(form: QPForm, where: Tensor) -> QPForm:
     """Return the form with sides that x = 0 satisfies in the marked instances."""
-    if not bool(where.any()):
+    if _nowhere(where):
         return form
     mask = where.unsqueeze(-1)
     b, h = torch.where(mask, 0.0, form.b), torch.where(mask, form.h.detach().clamp_min(1), form.h)
@@ -512,18 +517,20 @@ def _judged(form: Form, point: kkt.Point, least: Solution, found: Solution, tole
     status = torch.where(worst <= max(ALMOST, tolerance), int(Status.ALMOST_SOLVED), int(Status.NUMERICAL_ERROR))
     status = torch.where(worst <= tolerance, int(Status.SOLVED), status).to(torch.int8)
     status = torch.where(found.ok, status, found.status)
-    ok = (status == Status.SOLVED) | (status == Status.ALMOST_SOLVED)
+    ok = (status == int(Status.SOLVED)) | (status == int(Status.ALMOST_SOLVED))
     return _Verdict(status, residuals, found.ok & ~ok)
 
 
 def _remaining(first: Solution, second: Solution, use: Tensor, status: Tensor) -> Certificate | None:
     """Return the certificates of instances that have no solution still: of an unbounded closest problem, too."""
+    if torch.compiler.is_compiling():
+        return None  # (operators return none)
     known = Certificate(*(v.new_full(v.shape, torch.nan) for v in (first.x, first.nu, first.s, first.x, first.x)))
     known = known if first.certificate is None else first.certificate
-    keep = ~use & ((status == Status.PRIMAL_INFEASIBLE) | (status == Status.DUAL_INFEASIBLE))
+    keep = ~use & ((status == int(Status.PRIMAL_INFEASIBLE)) | (status == int(Status.DUAL_INFEASIBLE)))
     kept = Certificate(*(torch.where(keep.unsqueeze(-1), v, torch.nan) for v in known))
     if second.certificate is not None:
-        falls = use & (status == Status.DUAL_INFEASIBLE)
+        falls = use & (status == int(Status.DUAL_INFEASIBLE))
         kept = kept._replace(x=torch.where(falls.unsqueeze(-1), second.certificate.x.to(kept.x.dtype), kept.x))
         keep = keep | falls
-    return kept if bool(keep.any()) else None
+    return None if _nowhere(keep) else kept

@@ -194,6 +194,10 @@ class System(NamedTuple):
     active: Activity
 
 
+Sides = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""What belongs to q, b, h, lower and upper, or to x, nu, lam, lam_lower and lam_upper."""
+
+
 class Pullback(NamedTuple):
     """A solver's own first-order reverse pass, for weakly active rows left out (the rule ``"inactive"``), of the
     instances that it solved itself; the others (failed, or in `Solved.others`) pass zero.
@@ -201,9 +205,13 @@ class Pullback(NamedTuple):
     ``run(point, gradients, needed)``: the gradients for each tensor of the form, in the order of `Form.tensors`
     (``None`` where not needed), from those for the entries of the point, in its order (``None`` is zero). Shared
     tensors get the sum over the batch.
+
+    ``many(vectors, forward)``, where the solver has it: the derivative of all instances at many vectors at once; see
+    `diffopt.solvers.executor.Executor.derivative`, but vectors are in the order of `Point`.
     """
 
     run: Callable[[Point | Packed, tuple[Tensor | None, ...], tuple[bool, ...]], tuple[Tensor | None, ...]]
+    many: Callable[[tuple[Tensor | None, ...], bool], Sides] | None = None
 
 
 class Rest(NamedTuple):
@@ -262,6 +270,10 @@ class Solved:
         value = Point(*packed.vectors()) if name == "point" else getattr(packed, name)
         setattr(self, name, value)
         return value
+
+    def unpacked(self) -> Solved:
+        """Return a copy with everything taken apart: inside a transform the views would be its own."""
+        return self.replace(point=self.point, status=self.status, residuals=self.residuals, counts=self.counts)
 
     def replace(self, **changes: Any) -> Solved:
         """Return a copy with some fields changed."""

@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit, infeasible, operators, relaxed, transforms
+from diffopt import implicit, infeasible, operators, relaxed, transformed, transforms
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
     InaccurateSolutionWarning,
-    NotDifferentiableError,
     ParameterError,
     SettingsError,
     SolveFailed,
@@ -254,8 +253,11 @@ def _solve_form(
 
         solution = infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype))
         reported = False
-    if settings.sync and not reported:
-        _report(solution, on_failure)
+    if reported or not settings.sync:
+        return solution
+    if torch.compiler.is_compiling():
+        return operators.reported(solution, on_failure)
+    _report(solution, on_failure)
     return solution
 
 
@@ -269,11 +271,6 @@ def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy) 
             "`relaxation` and on_infeasible='closest' do not go together: the closest problem has no interior, "
             "and so no central path. Use on_infeasible='elastic', or leave `relaxation` out."
         )
-    if torch.compiler.is_compiling() or any(map(transforms.mapped_here, form.tensors().values())):
-        raise NotDifferentiableError(
-            "`on_infeasible` looks at values, so it does not go inside torch.compile or torch.func.vmap over the data. "
-            "Call it outside, with the batch as leading dimensions."
-        )
 
 
 def _attached(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> tuple[Solution, bool]:
@@ -282,9 +279,7 @@ def _attached(form: Form, backend: str | Backend, settings: Settings, on_failure
         return _exactly(form, backend, settings, on_failure)
     relaxed.check(form)
     if torch.compiler.is_compiling():
-        raise NotDifferentiableError(
-            "Settings(relaxation=...) does not go inside torch.compile or torch.export yet. Call the layer outside."
-        )
+        return _exactly(form, backend, settings, on_failure)  # (the operators know of it)
     if any(map(transforms.mapped_here, form.tensors().values())):
         return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure)), True
     solution, reported = _exactly(form, backend, settings, on_failure)
@@ -311,26 +306,21 @@ def _exactly(form: Form, backend: str | Backend, settings: Settings, on_failure:
     return solution, found.solved
 
 
-def _plainly(form: Form, work: Callable[[Form], Any]) -> Any:
+def _plainly(form: Form, work: Callable[[Form], relaxed.Found]) -> relaxed.Found:
     """Call a function with the form over plain tensors, also inside the transforms of ``torch.func``."""
     if not transforms.active():
         with torch.no_grad():
             return work(form.detach())
-    done: list[Any] = []
+    done: list[relaxed.Found] = []
 
     def run(inner: Form) -> tuple[Tensor, ...]:
-        if inner.batch_shape != form.batch_shape:
-            raise NotDifferentiableError(
-                "Settings(relaxation=...) does not go inside a derivative inside torch.func.vmap over the data. Pass "
-                "the batch as leading dimensions instead."
-            )
-        plain = inner.detach()
-        done.append(work(plain))
-        return (next(iter(plain.tensors().values())).new_zeros(()),)
+        done.append(work(inner.detach()))
+        return (*implicit.flatten(done[0].prepared), done[0].residual, done[0].failed)
 
-    call = transforms.Call(form, run, second=0, all_layers=True)
-    transforms.Unwrapped.apply(call, *(tensor.detach() for tensor in form.tensors().values()))
-    return done[0]
+    call = transforms.Call(form, run, implicit.BATCH_SECOND, all_layers=True)
+    tensors = (tensor.detach() for tensor in form.tensors().values())
+    *prepared, residual, failed = transforms.Unwrapped.apply(call, *tensors)
+    return relaxed.Found(implicit.unflatten(done[0].prepared, tuple(prepared)), residual, failed)
 
 
 def _transformed(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
@@ -338,35 +328,33 @@ def _transformed(form: Form, backend: str | Backend, settings: Settings, on_fail
 
     Is the innermost a vmap over the data, then the mapped dimension becomes a leading batch dimension, and the rest is
     an ordinary call, by the fastest way that there is. Otherwise a derivative is being taken: the problem is solved on
-    tensors unwrapped to the last, and the solution attached to the wrapped ones by its Newton step, which torch
-    then transforms as it does any function.
+    tensors unwrapped to the last, and the solution attached to the wrapped ones: by its solver's own derivative where
+    nobody takes a derivative of that, else by its Newton step, which torch then transforms as it does any function.
     """
     tensors = form.tensors().values()
     if any(map(transforms.mapped_here, tensors)):
         return _unmapped(form, lambda inner: _solve_form(inner, backend, settings, on_failure))
-    # The derivative of one instance is many right-hand sides of one small system.
-    alone = form.batch_shape.numel() == 1 and transforms.under_reverse_mode_alone(tensors)
-    done: list[implicit.Prepared] = []
-    direct: list[implicit.Jacobian] = []
+    rule, weak_tolerance = settings.kink_rule, settings.weak_tolerance_for(form.dtype)
+    known: Any = None
+    layers = transforms.layers_of(tensors)
+    if layers is not None:
+        with transforms.outside():
+            plain = layers.plain(form)
+            known = choose(backend, plain).solve(plain, settings, keep=True).unpacked()
+            if not known.solved and settings.sync:
+                values = implicit.attach_solved(plain, known.replace(), False, rule, weak_tolerance)
+                _report(values, on_failure)
+        if transformed.takes(plain, known, rule):
+            return transformed.attach(form, plain, known, layers, weak_tolerance)
 
-    def run(inner: Form) -> tuple[Tensor, ...]:
-        plain = inner.detach()
-        found = choose(backend, plain).solve(plain, settings)
-        jacobian = implicit.jacobian_of(plain, found, settings.kink_rule) if alone else None
-        if jacobian is not None:
-            direct.append(jacobian)
-            return jacobian.outputs()
-        prepared = implicit.prepare(plain, found, settings.kink_rule, settings.weak_tolerance_for(plain.dtype))
-        if settings.sync:
+    def prepare(plain: Form) -> implicit.Prepared:
+        found = choose(backend, plain).solve(plain, settings) if known is None else known
+        prepared = implicit.prepare(plain, found, rule, weak_tolerance)
+        if known is None and settings.sync:
             _report(implicit.attach(plain, prepared), on_failure)
-        done.append(prepared)
-        return implicit.flatten(prepared)
+        return prepared
 
-    call = transforms.Call(form, run, implicit.BATCH_SECOND, all_layers=True)
-    outputs = transforms.Unwrapped.apply(call, *(tensor.detach() for tensor in tensors))
-    if direct:
-        return implicit.attach_by_jacobian(form, direct[0], outputs)
-    return implicit.attach(form, implicit.unflatten(done[0], outputs), transformed=True)
+    return implicit.attach(form, implicit.prepared_inside(form, prepare), transformed=True)
 
 
 _FIELDS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status")
@@ -408,16 +396,17 @@ def _unmapped(form: Form, solve: Callable[[Form], Solution]) -> Solution:
 
 def _report(solution: Solution, on_failure: OnFailure) -> None:
     """Warn of almost solved instances, and raise for failed ones if so asked."""
-    if bool((solution.status == Status.SOLVED).all()):
+    status = transforms.plain(solution.status)
+    if bool((status == Status.SOLVED).all()):
         return
-    almost = (solution.status == Status.ALMOST_SOLVED).nonzero().tolist()
-    failed = (~solution.ok).nonzero().tolist()
+    almost = (status == Status.ALMOST_SOLVED).nonzero().tolist()
+    failed = ((status != Status.SOLVED) & (status != Status.ALMOST_SOLVED)).nonzero().tolist()
     if failed and on_failure == "raise":
-        raise SolveFailed(_failure_message(solution, failed), solution)
+        raise SolveFailed(_failure_message(solution, status, failed), solution)
     if almost:
-        worst = solution.residuals.worst()[solution.status == Status.ALMOST_SOLVED].max()
+        worst = transforms.plain(solution.residuals.worst())[status == Status.ALMOST_SOLVED].max()
         warnings.warn(
-            f"{len(almost)} of {solution.status.numel()} instances are only almost solved (worst relative residual "
+            f"{len(almost)} of {status.numel()} instances are only almost solved (worst relative residual "
             f"{float(worst):.1e}; first at batch index {_index(almost[0])}). Loosen `Settings.tolerance` to accept "
             f"them, or use a backend of higher accuracy.",
             InaccurateSolutionWarning,
@@ -428,11 +417,11 @@ def _report(solution: Solution, on_failure: OnFailure) -> None:
 operators.report = _report
 
 
-def _failure_message(solution: Solution, failed: list[list[int]]) -> str:
-    lines = [f"{len(failed)} of {solution.status.numel()} instances were not solved by {solution.backend!r}:"]
+def _failure_message(solution: Solution, statuses: Tensor, failed: list[list[int]]) -> str:
+    lines = [f"{len(failed)} of {statuses.numel()} instances were not solved by {solution.backend!r}:"]
     seen: list[Status] = []
     for index in failed[:MOST_NAMED]:
-        status = Status(int(solution.status[tuple(index)]))
+        status = Status(int(statuses[tuple(index)]))
         seen.append(status)
         lines.append(f"  batch index {_index(index)}: {status.name}{_curvature(solution, status, index)}")
     if len(failed) > MOST_NAMED:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffopt import implicit, kkt, living, transforms
+from diffopt import implicit, kkt, living, relaxed, transforms
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose
 from diffopt.errors import BackendError, NotDifferentiableError
@@ -85,6 +86,12 @@ def _living(number: str, kind: type[Found], what: str, remedy: str) -> Found:
     return found
 
 
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    # (Asked while tracing, and not of the tracer: that of torch 2.11 always says yes.)
+    return torch.compiler.is_exporting()
+
+
 def written(form: Form, keep: bool, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> str:
     """Write a `Spec` as a string, in operations that ``torch.compile`` follows."""
     p, m = 0, 0
@@ -97,7 +104,7 @@ def written(form: Form, keep: bool, backend: str | Backend, settings: Settings, 
     else:
         assert isinstance(form, NonlinearForm)
         kind, p, m = f"#{id(form.problem)}", form.p, form.m
-        if torch.compiler.is_exporting():
+        if _exporting():
             raise NotDifferentiableError(
                 "torch.export cannot write down a problem given by its functions: the solver calls them. Expected a "
                 "quadratic program (a subclass of diffopt.QuadraticProgram). torch.compile takes both."
@@ -117,17 +124,20 @@ def read(text: str) -> Spec:
 # ------------------------------------------------------------------ what a solve leaves behind
 
 
+Reverse = implicit.Reverse | relaxed.Reverse
+
+
 class _Memory(np.ndarray):
     """One number, and what it stands for. A tensor over it keeps it alive."""
 
-    reverse: implicit.Reverse
+    reverse: Reverse
 
 
 _numbers = itertools.count(1)
 _left: WeakValueDictionary[int, _Memory] = WeakValueDictionary()
 
 
-def _leave(reverse: implicit.Reverse | None) -> Tensor:
+def _leave(reverse: Reverse | None) -> Tensor:
     memory = np.zeros(1, dtype=np.int64).view(_Memory)
     if reverse is not None:
         memory[0] = next(_numbers)
@@ -141,12 +151,17 @@ def _leave(reverse: implicit.Reverse | None) -> Tensor:
 Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _solved(data: Sequence[Tensor], spec: Spec, keep: bool) -> tuple[kkt.Solved, Tensor, implicit.Reverse | None]:
+def _solved(data: Sequence[Tensor], spec: Spec, keep: bool) -> tuple[kkt.Solved, Tensor, Reverse | None]:
     settings = spec.settings
     with transforms.plain_inside_an_operator():
         form = spec.form([tensor.detach() for tensor in data])
         found = spec.chosen(form).solve(form, settings, keep)
-        counts, reverse = implicit.apart(form, found, settings.kink_rule, settings.weak_tolerance_for(form.dtype), keep)
+        rule, weak_tolerance = settings.kink_rule, settings.weak_tolerance_for(form.dtype)
+        if settings.relaxation is None or not keep:
+            return found, *implicit.apart(form, found, rule, weak_tolerance, keep)
+        counts, _ = implicit.apart(form, found, rule, weak_tolerance, keep=False)
+        exact = implicit.attach_solved(form, found, rule, weak_tolerance)
+        reverse = relaxed.reverse(form, exact, settings, lambda near: spec.chosen(near).solve(near, settings))
     return found, counts, reverse
 
 
@@ -281,6 +296,11 @@ def _value_backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None], li
     data, (*point, status) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     needed = [tensor.requires_grad for tensor in data]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if read(ctx.spec).settings.relaxation is not None:
+            raise NotDifferentiableError(
+                "Inside torch.compile, the value of a problem with relaxed gradients has no second derivative: that "
+                "goes through the exact point. Read it outside."
+            )
         # The second derivative goes through the point as well.
         form = read(ctx.spec).form(data)
         first, second = implicit.value_gradients(form, kkt.Point(*point), status, gradient, create_graph=True)
@@ -291,6 +311,83 @@ def _value_backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None], li
 
 
 value.register_autograd(_value_backward, setup_context=_keep_for_value)
+
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("diffopt::checked", mutates_args=())
+def checked(
+    x: Tensor, s: Tensor, nu: Tensor, lam: Tensor, lower: Tensor, upper: Tensor, status: Tensor, residuals: Tensor,
+    counts: Tensor, backend: str, on_failure: str,
+) -> Six:  # fmt: skip
+    """Return a point, having raised or warned for what was not solved."""
+    assert report is not None
+    policy: Any = on_failure
+    point = (x, s, nu, lam, lower, upper)
+    plain = [v.detach() for v in (x, s, lam, nu, lower, upper)]
+    with transforms.plain_inside_an_operator():
+        report(Solution(*plain, status, Report(residuals, counts), None, backend, "auto", x.sum), policy)
+    return tuple(v.clone() for v in point)  # type: ignore[return-value]
+
+
+@checked.register_fake
+def _(
+    x: Tensor, s: Tensor, nu: Tensor, lam: Tensor, lower: Tensor, upper: Tensor, status: Tensor, residuals: Tensor,
+    counts: Tensor, backend: str, on_failure: str,
+) -> Six:  # fmt: skip
+    return tuple(torch.empty_like(v) for v in (x, s, nu, lam, lower, upper))  # type: ignore[return-value]
+
+
+def _unchanged(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    return *grads, None, None, None, None, None
+
+
+checked.register_autograd(_unchanged)
+
+
+# ------------------------------------------------------------------ under vmap
+
+
+def _first(tensor: Tensor, dim: int | None, core: int, batch: int, size: int) -> Tensor:
+    """Return a tensor with its mapped dimension first, and after it as many batch dimensions as any has."""
+    if dim is None:
+        return tensor
+    tensor = tensor.movedim(dim, 0)
+    lead = tensor.dim() - 1 - core
+    return tensor.reshape(size, *[1] * (batch - lead), *tensor.shape[1:])
+
+
+def _data_first(info: Any, dims: Sequence[int | None], data: Sequence[Tensor], spec: str) -> list[Tensor]:
+    cores = _cores(read(spec))
+    leads = [v.dim() - core - (dim is not None) for v, core, dim in zip(data, cores, dims, strict=True)]
+    found = zip(data, dims, cores, strict=True)
+    return [_first(v, dim, core, max(leads), info.batch_size) for v, dim, core in found]
+
+
+@solve.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], data: Sequence[Tensor], spec: str) -> tuple[Ten, tuple[Any, ...]]:
+    return solve(_data_first(info, in_dims[0], data, spec), spec), (*(0,) * 9, None)
+
+
+def _point_first(info: Any, tensor: Tensor, dim: int | None) -> Tensor:
+    return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+@value.register_vmap
+def _(
+    info: Any, in_dims: tuple[Any, ...], data: Sequence[Tensor], point: Sequence[Tensor], status: Tensor, spec: str
+) -> tuple[Tensor, int]:
+    moved = [_point_first(info, v, dim) for v, dim in zip(point, in_dims[1], strict=True)]
+    return value(_data_first(info, in_dims[0], data, spec), moved, _point_first(info, status, in_dims[2]), spec), 0
+
+
+@checked.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Six, tuple[int, ...]]:
+    moved = [_point_first(info, v, dim) for v, dim in zip(inputs[:7], in_dims, strict=False)]
+    # (What is counted for each instance lies behind the kinds of it.)
+    rest = (_point_first(info, v, dim).movedim(0, 1) for v, dim in zip(inputs[7:9], in_dims[7:9], strict=True))
+    return checked(*moved, *rest, *inputs[9:]), (0,) * 6
 
 
 # ------------------------------------------------------------------ shapes
@@ -322,10 +419,19 @@ def _sizes(data: Sequence[Tensor], spec: Spec) -> tuple[int, int, int]:
 
 
 INSIDE = (
-    "Inside torch.compile, a solve can be differentiated by backward() alone: torch gives operators neither forward "
-    "mode nor the transforms of torch.func. Call those (jvp, jacrev, hessian, vmap, a dual level) on the model without "
-    "torch.compile. A batch needs no vmap: batch dimensions lead in every call."
+    "Inside torch.compile, a solve can be mapped by vmap, and differentiated by backward() alone: torch gives "
+    "operators neither forward mode nor the derivatives of torch.func. Call those (grad, jvp, jacrev, hessian, a dual "
+    "level) on the model without torch.compile."
 )
+
+
+def reported(solution: Solution, on_failure: OnFailure) -> Solution:
+    """Return a solution that was put together from others, having raised or warned when the graph runs."""
+    s, (residuals, counts) = solution, solution.report
+    x, slack, nu, lam, lower, upper = checked(
+        s.x, s.s, s.nu, s.lam, s.lam_lower, s.lam_upper, s.status, residuals, counts, s.backend, on_failure
+    )
+    return replace(s, x=x, s=slack, nu=nu, lam=lam, lam_lower=lower, lam_upper=upper, _value=lambda: solution.value)
 
 
 def solution(form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure) -> Solution:
@@ -334,10 +440,12 @@ def solution(form: Form, backend: str | Backend, settings: Settings, on_failure:
     Which backend and executor it was is only known when the graph runs: the names are those that were asked for, and a
     certificate is not returned.
     """
-    if transforms.active() or transforms.forward_mode():
+    inside = transforms.active()
+    if transforms.forward_mode() or (inside and not transforms.vmaps_alone()):
         raise NotDifferentiableError(INSIDE)
     data = list(form.tensors().values())
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in data)
+    # (A mapped tensor does not show whether it needs a gradient.)
+    keep = torch.is_grad_enabled() and (inside or any(tensor.requires_grad for tensor in data))
     spec = written(form, keep, backend, settings, on_failure)
     x, s, nu, lam, lower, upper, status, residuals, counts, _ = solve(data, spec)
     return Solution(
@@ -346,5 +454,6 @@ def solution(form: Form, backend: str | Backend, settings: Settings, on_failure:
         certificate=None,
         backend=backend if isinstance(backend, str) else backend.name,
         executor=settings.executor,
+        gradient="exact" if settings.relaxation is None else relaxed.label(settings),
         _value=lambda: value(data, [x, s, nu, lam, lower, upper], status, spec),
     )  # fmt: skip

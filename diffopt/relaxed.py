@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import implicit, kkt
+from diffopt import implicit, kkt, transforms
 from diffopt.backends.base import ALMOST
 from diffopt.cones import kinds
 from diffopt.errors import BackendUnsupported, InaccurateSolutionWarning
@@ -54,29 +54,58 @@ def relax(
     Raises:
         BackendUnsupported: the problem is not a quadratic program over the nonnegative cone.
     """
+    problem, work = _problem(form, solution, settings, solve)
+    found = plainly(problem, work)
+    _warn(solution, found)
+    return _attached(form, problem, solution, found, settings)
+
+
+def _problem(
+    form: Form, solution: Solution, settings: Settings, solve: Callable[[Form], kkt.Solved]
+) -> tuple[Form, Callable[[Form], Found]]:
+    """Return the relaxed problem, attached, and what solves it on plain tensors."""
     check(form)
     assert isinstance(form, QPForm) and settings.relaxation is not None
     exact, size = form.widened(), settings.relaxation
-    bad = ~solution.ok
+    bad = transforms.plain(~solution.ok)
     weak = settings.weak_tolerance_for(torch.float64)
-    problem: Form
     if settings.relaxation_mode == "ridge":
-        problem = with_ridge(exact, size)
 
-        def work(plain: Form) -> Found:
+        def ridge(plain: Form) -> Found:
             found = solve(plain)
             return _prepared(plain, found, found.residuals.amax(0), bad, settings.kink_rule, weak)
 
-    else:
-        problem = BarrierForm(exact, size)
+        return with_ridge(exact, size), ridge
 
-        def work(plain: Form) -> Found:
-            assert isinstance(plain, BarrierForm)
-            found, residual = _central(plain)
-            return _prepared(plain, found, residual, bad, settings.kink_rule, weak)
+    def central(plain: Form) -> Found:
+        assert isinstance(plain, BarrierForm)
+        found, residual = _central(plain)
+        return _prepared(plain, found, residual, bad, settings.kink_rule, weak)
 
-    prepared, residual, failed = plainly(problem, work)
-    near = implicit.attach(problem, prepared)
+    return BarrierForm(exact, size), central
+
+
+def _warn(solution: Solution, found: Found) -> None:
+    bad, failed, residual = map(transforms.plain, (~solution.ok, found.failed, found.residual))
+    if not bool((failed & ~bad).any()):
+        return
+    warnings.warn(
+        f"The relaxed problem of {int((failed & ~bad).sum())} of {failed.numel()} instances was not solved (worst "
+        f"relative residual {float(residual[failed & ~bad].max()):.1e}); their gradient is NaN. A central path exists "
+        f"only where some x satisfies all inequalities strictly and the solutions are bounded; "
+        f"Settings(relaxation_mode='ridge') does without.",
+        InaccurateSolutionWarning,
+        stacklevel=6,
+    )
+
+
+def label(settings: Settings) -> str:
+    """Return what `Solution.gradient` says."""
+    return f"{settings.relaxation_mode}({settings.relaxation:g})"
+
+
+def _attached(form: Form, problem: Form, solution: Solution, found: Found, settings: Settings) -> Solution:
+    near = implicit.attach(problem, found.prepared)
     fields = {"x": near.x, "nu": near.nu}
     if isinstance(problem, BarrierForm):
         slacks, there = problem.slacks(near.x)
@@ -86,22 +115,59 @@ def relax(
         fields["lam_lower"], fields["lam_upper"] = low + near.lam_lower, high + near.lam_upper
     else:
         fields |= {name: getattr(near, name) for name in ("s", "lam", "lam_lower", "lam_upper")}
-    if bool((failed & ~bad).any()):
-        count = int((failed & ~bad).sum())
-        warnings.warn(
-            f"The relaxed problem of {count} of {failed.numel()} instances was not solved (worst relative residual "
-            f"{float(residual[failed & ~bad].max()):.1e}); their gradient is NaN. A central path exists only where "
-            f"some x satisfies all inequalities strictly and the solutions are bounded; "
-            f"Settings(relaxation_mode='ridge') does without.",
-            InaccurateSolutionWarning,
-            stacklevel=5,
-        )
     moved = {
         name: implicit.moved_like(getattr(solution, name).detach(), value.to(form.dtype))
         for name, value in fields.items()
     }
-    label = f"{settings.relaxation_mode}({size:g})"
-    return replace(solution, **moved, gradient=label, gradient_residual=residual, _value=lambda: solution.value)
+    return replace(
+        solution, **moved, gradient=label(settings), gradient_residual=found.residual, _value=lambda: solution.value
+    )
+
+
+class Reverse(NamedTuple):
+    """The reverse pass of a solution with relaxed gradients, kept elsewhere, as `implicit.Reverse`."""
+
+    solution: Solution
+    found: Found
+    settings: Settings
+
+    def first_order(
+        self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """See `implicit.Reverse.first_order`."""
+        leaves = {
+            k: v.detach().requires_grad_(need) for (k, v), need in zip(form.tensors().items(), needed, strict=True)
+        }
+        with torch.no_grad():
+            return self.with_graph(form.with_tensors(leaves), point, gradients, needed)
+
+    def with_graph(
+        self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """See `implicit.Reverse.with_graph`."""
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            form = form.with_tensors(implicit.aliases(form.tensors()))
+            problem, _ = _problem(form, self.solution, self.settings, lambda plain: self.found.prepared.found)
+            near = _attached(form, problem, self.solution, self.found, self.settings)
+            outputs = (near.x, near.s, near.nu, near.lam, near.lam_lower, near.lam_upper)
+            used = [(v, g) for v, g in zip(outputs, gradients, strict=True) if g is not None and v.requires_grad]
+            inputs = [tensor for tensor, need in zip(form.tensors().values(), needed, strict=True) if need]
+            found = iter(
+                torch.autograd.grad(
+                    [v for v, _ in used], inputs, [g for _, g in used],
+                    create_graph=create_graph, allow_unused=True, materialize_grads=True,
+                )
+            )  # fmt: skip
+        return tuple(next(found) if need else None for need in needed)
+
+
+def reverse(form: Form, solution: Solution, settings: Settings, solve: Callable[[Form], kkt.Solved]) -> Reverse:
+    """Return the reverse pass of an exact solution by the relaxed problem; on plain tensors."""
+    problem, work = _problem(form, solution, settings, solve)
+    found = work(problem)
+    _warn(solution, found)
+    return Reverse(solution, found, settings)
 
 
 def check(form: Form) -> None:

@@ -7,7 +7,8 @@ this file alone.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -35,19 +36,239 @@ def mapped_here(tensor: Tensor) -> bool:
     )
 
 
-def under_reverse_mode_alone(tensors: Iterable[Tensor]) -> list[Tensor] | None:
-    """Return what is inside the tensors if one reverse mode of ``torch.func`` (``vjp``, ``grad``, ``jacrev``) is all
-    that is at work, and nothing outside wants a derivative of them; else ``None``."""
-    stack = _functorch.get_interpreter_stack()
-    if len(stack) != 1 or stack[0].key() != _functorch.TransformType.Grad or forward_mode():
-        return None
-    inside = [_functorch.get_unwrapped(v) if _functorch.is_functorch_wrapped_tensor(v) else v for v in tensors]
-    return None if any(v.requires_grad or wrapped(v) for v in inside) else inside
-
-
 def wrapped(tensor: Tensor) -> bool:
     """Return whether a transform wraps a tensor: compiled code cannot look inside."""
     return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+
+
+class Layers(NamedTuple):
+    """What surrounds a derivative of ``torch.func``, if it is the innermost transform, all others are vmaps, and
+    nothing further outside wants a derivative of what is inside the tensors.
+
+    ``mapped``: the levels of the vmaps that map some of the tensors, outermost first; ``level``: that of the
+    derivative; ``forward``: its mode.
+    """
+
+    mapped: tuple[int, ...]
+    level: int
+    forward: bool
+
+    def plain(self, form: Form) -> Form:
+        """Return the form over what is inside its tensors; mapped dimensions become the first batch dimensions.
+        (`outside` of all transforms.)"""
+        inside = {name: _Inside.of(tensor) for name, tensor in form.tensors().items()}
+        if not self.mapped:
+            return form.with_tensors({name: found.tensor for name, found in inside.items()})
+        batch, levels, named = len(form.batch_shape), len(self.mapped), {}
+        for (name, found), core in zip(inside.items(), form.core_dims(), strict=True):
+            tensor = found.tensor
+            if found.dims:
+                tensor = found.with_first(self.mapped)
+                lead = tensor.dim() - levels - core
+                tensor = tensor.reshape(*tensor.shape[:levels], *[1] * (batch - lead), *tensor.shape[levels:])
+            named[name] = tensor
+        return form.rebatched(named)
+
+    def covered(self, tensor: Tensor, second: bool = False) -> Tensor:
+        """Return a plain tensor, mapped dimensions first (or ``second``), as the vmaps show it."""
+        for level in self.mapped:
+            tensor = _functorch._add_batch_dim(tensor, int(second), level)
+        return tensor
+
+    def output(self, tensor: Tensor) -> Tensor:
+        """Return the same as the derivative shows it."""
+        return at_level(self.covered(tensor), self.level)
+
+
+class _Inside(NamedTuple):
+    """What is inside a tensor, and which dimension of it each level maps, innermost first, counted as that level sees
+    them."""
+
+    tensor: Tensor
+    dims: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Inside:
+        dims = []
+        while _functorch.is_functorch_wrapped_tensor(tensor):
+            if _functorch.is_batchedtensor(tensor):
+                dims.append((_functorch.maybe_get_level(tensor), _functorch.maybe_get_bdim(tensor)))
+            tensor = _functorch.get_unwrapped(tensor)
+        return cls(tensor, tuple(dims))
+
+    def with_first(self, levels: Sequence[int]) -> Tensor:
+        """Return the tensor with one dimension for each of the levels first, of size 1 where it has none."""
+        if len(levels) == 1 and self.dims == ((levels[0], 0),):
+            return self.tensor  # (as most are)
+        own, place = list(range(self.tensor.dim())), {}
+        for level, dim in reversed(self.dims):
+            place[level] = own.pop(dim)
+        tensor = self.tensor.permute([place[level] for level in levels if level in place] + own)
+        for i, level in enumerate(levels):
+            if level not in place:
+                tensor = tensor.unsqueeze(i)
+        return tensor
+
+
+class Vectors(NamedTuple):
+    """Gradients or tangents on their way past the transforms that `Layers` names.
+
+    ``many``: levels of vmaps that map them and not the data, ``sizes`` of these; ``vectors``: plain,
+    ``(many, *batch, ...)``, their batch with the mapped dimensions first; ``None`` where there is none.
+    """
+
+    many: tuple[int, ...]
+    sizes: tuple[int, ...]
+    vectors: tuple[Tensor | None, ...]
+
+    def covered(self, layers: Layers, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return a plain tensor ``(many, mapped dimensions, *shape)`` as the vmaps show it."""
+        levels = (*self.many, *layers.mapped)
+        order = sorted(range(len(levels)), key=levels.__getitem__)
+        whole = (*self.sizes, *tensor.shape[1 : 1 + len(layers.mapped)], *shape)
+        if tensor.shape != whole or len(order) > 1:
+            with outside():
+                tensor = tensor.reshape(whole).permute(*order, *range(len(levels), len(whole)))
+        for i in order:
+            tensor = _functorch._add_batch_dim(tensor, 0, levels[i])
+        return tensor
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return what is inside a tensor, mapped dimensions first, outermost vmap first."""
+    if not active():
+        return tensor.detach()
+    found = _Inside.of(tensor)
+    with outside():
+        return found.with_first(sorted(level for level, _ in found.dims)).detach()
+
+
+_NEEDED = (
+    "get_interpreter_stack", "push_dynamic_layer_stack", "pop_dynamic_layer_stack", "_add_batch_dim", "_wrap_for_grad",
+    "get_unwrapped", "maybe_get_bdim", "is_functionaltensor", "set_single_level_autograd_function_allowed",
+    "get_single_level_autograd_function_allowed", "unwrap_if_dead",
+)  # fmt: skip
+OneLevel: Any = getattr(torch.autograd.function, "_SingleLevelFunction", None)
+"""An autograd function that sees wrapped tensors as they are, and takes no part in transforms by itself."""
+
+direct = OneLevel is not None and all(hasattr(_functorch, name) for name in _NEEDED)
+"""Whether torch has what `layers_of` needs; if not, it finds nothing, and derivatives go by ways that need less."""
+
+
+class outside:  # noqa: N801 (a context, like torch.no_grad)
+    """Work where no transform is, and no gradient is recorded: on plain tensors."""
+
+    def __enter__(self) -> None:
+        self.layers: list[Any] = []
+        self.recorded = torch.is_grad_enabled()
+        while _functorch.peek_interpreter_stack() is not None:
+            self.layers.append(_functorch.pop_dynamic_layer_stack())
+        torch.set_grad_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        while self.layers:
+            _functorch.push_dynamic_layer_stack(self.layers.pop())
+        torch.set_grad_enabled(self.recorded)
+
+
+def at_level(tensor: Tensor, level: int) -> Tensor:
+    """Return a tensor as the derivative at this level shows it."""
+    return _functorch._wrap_for_grad(tensor, level)
+
+
+def alive(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return tensors without the wrapper of a derivative that is over."""
+    return tuple(_functorch.unwrap_if_dead(tensor) for tensor in tensors)
+
+
+def apply_at_one_level(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """Apply a `OneLevel` function."""
+    before = _functorch.get_single_level_autograd_function_allowed()
+    _functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return function.apply(*arguments)
+    finally:
+        _functorch.set_single_level_autograd_function_allowed(before)
+
+
+def _kinds() -> list[tuple[Any, int]]:
+    return [(layer.key(), layer.level()) for layer in _functorch.get_interpreter_stack() or ()]
+
+
+@torch.compiler.assume_constant_result
+def vmaps_alone() -> bool:
+    """Return whether all transforms that are at work are vmaps; while a graph is traced, too."""
+    return all(key == _functorch.TransformType.Vmap for key, _ in _kinds())
+
+
+def _wanted_outside(tensor: Tensor) -> bool:
+    return tensor.requires_grad or _functorch.is_legacy_batchedtensor(tensor) or _functorch.is_functionaltensor(tensor)
+
+
+def layers_of(tensors: Iterable[Tensor]) -> Layers | None:
+    """Return the `Layers` around tensors if that is all there is."""
+    if not direct:
+        return None
+    kind = _functorch.TransformType
+    *outer, (innermost, level) = _kinds()
+    if innermost not in (kind.Grad, kind.Jvp) or any(key != kind.Vmap for key, _ in outer):
+        return None
+    forward = innermost == kind.Jvp
+    if forward_mode() != forward:
+        return None
+    mapped: set[int] = set()
+    for tensor in tensors:
+        inside = _Inside.of(tensor)
+        tangent = forward_ad.unpack_dual(tensor).tangent if forward and tensor.is_floating_point() else None
+        if _wanted_outside(inside.tensor) or (tangent is not None and _wanted_outside(_Inside.of(tangent).tensor)):
+            return None
+        mapped.update(at for at, _ in inside.dims)
+    return Layers(tuple(sorted(mapped)), level, forward)
+
+
+def inside_still(layers: Layers) -> bool:
+    """Return whether the derivative of these layers is the innermost transform: its function runs still."""
+    kinds = _kinds()
+    return bool(kinds) and kinds[-1][1] == layers.level and kinds[-1][0] != _functorch.TransformType.Vmap
+
+
+def vectors_of(
+    layers: Layers, vectors: Sequence[Tensor | None], batch: torch.Size, cores: Sequence[int]
+) -> Vectors | None:
+    """Return plain `Vectors`, or ``None`` if somebody wants a derivative of them, or of what becomes of them.
+
+    Args:
+        batch: that of the plain form; theirs may broadcast to it.
+        cores: how many trailing dimensions of each belong to one instance.
+    """
+    kinds = _kinds()
+    if inside_still(layers):
+        kinds.pop()
+    if forward_mode() != layers.forward or any(key != _functorch.TransformType.Vmap for key, _ in kinds):
+        return None
+    inside = [None if v is None else _Inside.of(v) for v in vectors]
+    if any(v is not None and _wanted_outside(v.tensor) for v in inside):
+        return None
+    found: dict[int, int] = {}
+    for v in inside:
+        if v is not None:
+            for level, _ in v.dims:
+                found.setdefault(level, 1)
+    many = tuple(level for level in sorted(found) if level not in layers.mapped)
+    levels = (*many, *layers.mapped)
+    with outside():
+        first = [None if v is None else v.with_first(levels) for v in inside]
+        sizes = tuple(max((v.shape[i] for v in first if v is not None), default=1) for i in range(len(many)))
+        count, number = len(many), math.prod(sizes)
+
+        def together(v: Tensor, core: int) -> Tensor:
+            own, shape = v.dim() - len(levels) - core, v.shape[count:]
+            missing = [1] * (len(batch) - len(layers.mapped) - own)
+            whole = torch.Size((number, *shape[: len(layers.mapped)], *missing, *shape[len(layers.mapped) :]))
+            return v if v.shape == whole else v.expand(*sizes, *shape).reshape(whole)
+
+        plain = tuple(None if v is None else together(v, core) for v, core in zip(first, cores, strict=True))
+    return Vectors(many, sizes, plain)
 
 
 class Call(NamedTuple):

@@ -168,65 +168,21 @@ def test_vmap_is_one_native_solve_and_its_backward_the_solvers_own(monkeypatch):
     assert len(pulled) == 1 and leaves[0].grad is not None and leaves[0].grad.any()
 
 
-def one_instance(weak=0):
-    if weak:
-        problem = known.degenerate_program(7, 7, 1, 3, bounds="both", weak=weak)
-    else:
-        problem = known.quadratic_program(20, 7, 1, 3, bounds="both")
-    assert weak or all(bool(v.any()) for v in (problem.lam, problem.lam_lower, problem.lam_upper))
-    return tuple(problem.arguments().values())
+def test_the_value_has_second_derivatives_where_sides_are_infinite():
+    problem = known.quadratic_program(20, 7, 1, 3, bounds="both")
+    data = problem.arguments()
+    data["h"] = torch.where(problem.lam > 0, data["h"], torch.inf)
+    data["lower"] = torch.where(problem.lam_lower > 0, data["lower"], -torch.inf)
 
+    def value(q, **others):
+        return diffopt.solve_qp(**data | {"q": q} | others).value
 
-def test_a_jacobian_of_one_instance_takes_one_factor_and_is_that_of_the_newton_step(monkeypatch):
-    data, taken = one_instance(), []
-    places = tuple(range(len(data)))
-    attach = implicit.attach_by_jacobian
-    monkeypatch.setattr(implicit, "attach_by_jacobian", lambda *a: taken.append(1) or attach(*a))
-    solved = []
-    solve = torch.linalg.solve
-    monkeypatch.setattr(torch.linalg, "solve", lambda *a: solved.append(1) or solve(*a))
-    found = torch.func.jacrev(everything, places)(*data)
-    assert len(taken) == 1 and len(solved) == 1  # the value, which is among the outputs, takes none
-    batch = [v.unsqueeze(0) for v in data]  # the same with a batch dimension of one
-    again = torch.func.jacrev(everything, places)(*batch)
-    assert all(torch.allclose(a, b[0].squeeze(1), atol=1e-10) for a, b in zip(found, again, strict=True))
-    monkeypatch.setattr(implicit, "jacobian_of", lambda *a: None)
-    expected = torch.func.jacrev(everything, places)(*data)
-    for got, wanted in zip(found, expected, strict=True):
-        assert wanted.any() and (got - wanted).abs().max() <= 1e-10 * (1 + wanted.abs().max())
-
-
-def test_where_more_than_one_reverse_pass_may_come_the_newton_step_serves(monkeypatch):
-    taken = []
-    attach = implicit.attach_by_jacobian
-    monkeypatch.setattr(implicit, "attach_by_jacobian", lambda *a: taken.append(1) or attach(*a))
-    data = one_instance()
-    q = data[1].clone().requires_grad_()  # a derivative of the Jacobian is wanted outside
-
-    def x(q, *others):
-        return diffopt.solve_qp(others[0], q, *others[1:]).x
-
-    total = torch.func.jacrev(lambda Q: x(q, Q, *data[2:]))(data[0]).square().sum()
-    (slope,) = torch.autograd.grad(total, q)
-    assert slope.any() and not taken
-    step = torch.zeros_like(data[1])
-    step[0] = 1e-5
-    high, low = (
-        torch.func.jacrev(lambda Q, at=at: x(at, Q, *data[2:]))(data[0]).square().sum()
-        for at in (data[1] + step, data[1] - step)
-    )
-    assert len(taken) == 2 and abs(float((high - low) / 2e-5 - slope[0])) <= 1e-6 * (1 + abs(float(slope[0])))
-    kinked = one_instance(weak=1)
-    torch.func.jacrev(lambda q: x(q, kinked[0], *kinked[2:]))(kinked[1])  # counted rows follow the rule for kinks
-    assert len(taken) == 2
-    # The pullback is linear, and can itself be differentiated.
-    _, pullback = torch.func.vjp(lambda q: x(q, data[0], *data[2:]), data[1])
-    assert len(taken) == 3
-    v, u = torch.randn(2, 7, dtype=f64)
-    (forward,) = torch.func.jvp(pullback, (v,), (u,))[1]
-    assert forward.any() and torch.allclose(forward, pullback(u)[0])
-    (outer,) = torch.func.vjp(lambda v: pullback(v)[0], v)[1](u)
-    assert torch.allclose(outer @ v, pullback(v)[0] @ u)
+    q = data["q"].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(value(q), q, create_graph=True)
+    assert torch.allclose(slope, diffopt.solve_qp(**data).x, atol=1e-9)
+    (curvature,) = torch.autograd.grad(slope.sum(), q)
+    finite = {"h": data["h"].clamp_max(1e3), "lower": data["lower"].clamp_min(-1e3)}
+    assert torch.allclose(curvature, torch.func.hessian(lambda q: value(q, **finite))(data["q"]).sum(0), atol=1e-9)
 
 
 # ------------------------------------------------------------------ kinks: the named rules

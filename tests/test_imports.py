@@ -17,11 +17,22 @@ ALLOWED = {
     "backends": GROUND | {"problems", "solvers", "kkt", "backends"},
     "transforms": GROUND | {"problems"},
     "implicit": GROUND | {"problems", "kkt", "transforms"},
-    "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "implicit"},
-    "infeasible": GROUND | {"problems", "kkt", "backends", "implicit"},
-    "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
+    "transformed": GROUND | {"problems", "kkt", "transforms", "implicit"},
+    "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
+    "infeasible": GROUND | {"problems", "kkt", "backends", "transforms", "implicit"},
+    "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit", "relaxed"},
     "layer": GROUND
-    | {"problems", "solvers", "backends", "transforms", "implicit", "infeasible", "relaxed", "operators"},
+    | {
+        "problems",
+        "solvers",
+        "backends",
+        "transforms",
+        "implicit",
+        "transformed",
+        "infeasible",
+        "relaxed",
+        "operators",
+    },
     "check": GROUND | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "layer", "check"},
 } | {name: GROUND for name in GROUND}
 

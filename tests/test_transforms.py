@@ -59,10 +59,13 @@ class Subject:
 
     Attributes:
         names: the outputs of this class.
+        policy: ``on_infeasible``.
     """
 
-    def __init__(self, title: str, problem: diffopt.DifferentiableProblem, data: dict[str, Any]) -> None:
-        self.title, self.problem = title, problem
+    def __init__(
+        self, title: str, problem: diffopt.DifferentiableProblem, data: dict[str, Any], policy: Any = None
+    ) -> None:
+        self.title, self.problem, self.policy = title, problem, policy
         generator = torch.Generator().manual_seed(0)
 
         def directions(name: str, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,13 +90,27 @@ class Subject:
 
     def outputs(self, way: Way) -> Callable[[Tensor], dict[str, Tensor]]:
         """Return the map from t to the outputs that have entries, each as a vector."""
-        options = way.options()
+        options, names = way.options(), self.names_of(way)
 
         def function(t: Tensor) -> dict[str, Tensor]:
-            solution = diffopt.solve(self.problem, self.params(t), **options)
-            return {name: getattr(solution, name).reshape(-1) for name in self.names}
+            solution = diffopt.solve(self.problem, self.params(t), on_infeasible=self.policy, **options)
+            return {name: getattr(solution, name).reshape(-1) for name in names}
 
         return function
+
+    def names_of(self, way: Way) -> list[str]:
+        """Return the outputs of this class that a backend determines."""
+        return (
+            [name for name in self.names if "lam" not in name and name != "nu"]
+            if self.undetermined(way)
+            else self.names
+        )
+
+    def undetermined(self, way: Way) -> str | None:
+        """Return why multipliers are not among the outputs, or ``None``."""
+        if self.policy == "closest" and way.backend == "scipy":
+            return "the multipliers of a closest problem are not unique, and those that SciPy finds follow no rule"
+        return None
 
 
 def subjects() -> dict[str, Subject]:
@@ -104,12 +121,25 @@ def subjects() -> dict[str, Subject]:
     low = low_data | {"Q": (torch.tensor([1.0, 2.0, 1.5, 1.2], dtype=f64), factor)}
     point = {"point": torch.tensor([1.0, 0.5], dtype=f64), "a": torch.ones(2, dtype=f64), "level": torch.tensor(1.0)}
     point["level"] = point["level"].double()
+    # Infeasible whatever t is, and the least violation determines x.
+    apart, apart_data = structure(known.quadratic_program(3, 2, 1, 2, bounds="both"))
+    sides: dict[str, Any] = {"Q": [[2.0, 0.3], [0.3, 1.0]], "q": [0.5, -0.2]}
+    sides |= {"A": [[1.0, -0.5]], "b": [2.0], "G": [[1.0, 0.5], [-0.3, 1.0]], "h": [-1.0, 9.0]}
+    sides |= {"lower": [0.3, 0.2], "upper": [4.0, 4.0]}
+    apart_data |= {name: torch.tensor(value, dtype=f64) for name, value in sides.items()}
     capped = {"c": torch.tensor([-1.0, 0.5, 0.0], dtype=f64), "cap": torch.tensor(0.4, dtype=f64)}
     return {
         "dense": Subject("Quadratic programs, dense Q", dense, data),
         "low_rank": Subject("Quadratic programs, Q diagonal plus low rank", low_rank, low),
         "linear": Subject("Linear programs", linear, linear_data),
         "own": Subject("Structures of one's own (`QuadraticProgram`)", Projection(), point),
+        "elastic": Subject(
+            "Infeasible programs, `on_infeasible=Elastic('squared')`",
+            apart,
+            apart_data,
+            diffopt.Elastic("squared", row=5.0),
+        ),
+        "closest": Subject("Infeasible programs, `on_infeasible='closest'`", apart, apart_data, "closest"),
         "functions": Subject("Problems given by their functions (`DifferentiableProblem`)", CappedSoftmax(3), capped),
     }
 
@@ -362,7 +392,7 @@ def rendered() -> str:
             "| --- |" * 1 + " --- |" * len(ways),
         ]
         for transform in TRANSFORMS:
-            cells = (" ".join(found.names) if (transform, subject, way) in CASES else "absent" for way in ways)
+            cells = (" ".join(found.names_of(way)) if (transform, subject, way) in CASES else "absent" for way in ways)
             lines.append(f"| {transform} |" + "".join(f" {cell} |" for cell in cells))
         lines.append("")
         for way in WAYS:
@@ -371,6 +401,8 @@ def rendered() -> str:
                 which = [transform for transform in TRANSFORMS if absent(transform, subject, way) == reason]
                 where = f"{way}, {' and '.join(which)}" if way in ways else str(way)
                 lines.append(f"- Absent: {where}: {reason}.")
+            if way in ways and (reason := found.undetermined(way)):
+                lines.append(f"- Absent: {way}, lam nu lam_lower lam_upper: {reason}.")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 

@@ -192,7 +192,10 @@ def _pullback(executor: Executor, data: Data, saved: Any) -> kkt.Pullback:
         absent = (False,) if lower else (False, False)
         return executor.pullback(data, saved, point, gradients, (*needed, *absent))[: len(needed)]
 
-    return kkt.Pullback(run)
+    def many(vectors: tuple[Tensor | None, ...], forward: bool) -> kkt.Sides:
+        return executor.derivative(data, saved, vectors, forward)
+
+    return kkt.Pullback(run, many if executor.many_at_once else None)
 
 
 def _system(found: pdipm.ActiveSystem | None, form: QPForm) -> kkt.System | None:

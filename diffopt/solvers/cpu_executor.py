@@ -39,6 +39,7 @@ _REDUCTIONS = {"auto": 0, "dual": 1, "diagonal": 2, "primal": 3}
 _HEAD = struct.Struct("7q")
 _CALL = struct.Struct("18q14q4d6q")
 _GRADIENTS = struct.Struct("15q")
+_MANY = struct.Struct("4q")
 _COUNT = (1 << 40) - 1
 _WAYS = {1: "dual", 2: "diagonal", 4: "primal"}
 _NAMES = ["cpu:" + "+".join(name for bit, name in _WAYS.items() if ways & bit) for ways in range(8)]
@@ -110,6 +111,8 @@ class Saved:
 class CpuExecutor(Executor):
     """See the module."""
 
+    many_at_once = True
+
     def __init__(self, handle: ctypes.CDLL) -> None:
         self.handle = handle
         self._layouts: dict[tuple[object, ...], _Layout] = {}
@@ -124,6 +127,9 @@ class CpuExecutor(Executor):
         self._pullback = handle.diffopt_pullback
         self._pullback.restype = ctypes.c_int64
         self._pullback.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+        self._many = handle.diffopt_many
+        self._many.restype = ctypes.c_int64
+        self._many.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_int64] * 3
 
     def refuses(self, data: Data, settings: Settings) -> str | None:
         """See `Executor`."""
@@ -197,6 +203,25 @@ class CpuExecutor(Executor):
                 (*pieces, dq, dA, db, dG, dh, dlower, dupper), data.tensors(), way.wanted, strict=True
             )
         ])  # fmt: skip
+
+    def derivative(
+        self, data: Data, saved: Saved, vectors: tuple[Tensor | None, ...], forward: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """See `Executor`."""
+        layout = saved.layout
+        like, count = next((v, len(v)) for v in vectors if v is not None)
+        shape, (n, p, m) = (count, *data.batch), layout.sizes
+        bounded = data.lower is not None or data.upper is not None
+        first, *rest = (like.new_empty((*shape, size)) for size in (n, p, m, *((n, n) if bounded else ())))
+        lower, upper = rest[2:] if bounded else (None, None)
+        for_x, for_s, for_nu, for_lam, *for_bounds = [None if v is None else v.contiguous() for v in vectors]
+        incoming = for_x, for_s, for_lam, for_nu, *for_bounds
+        outgoing = None, first, None, rest[0], None, rest[1], lower, upper, None
+        packed = _GRADIENTS.pack(*[0 if v is None else v.data_ptr() for v in (*incoming, *outgoing)])
+        many = _MANY.pack(count, layout.count, 1, forward)
+        for begin, end in layout.slices:
+            self._checked(self._many(saved.call, packed, many, torch.get_num_threads(), begin, end))
+        return first, rest[0], rest[1], lower, upper
 
     def _layout(self, data: Data) -> _Layout:
         notes: dict[Any, _Layout] = {} if data.notes is None else data.notes

@@ -78,7 +78,12 @@ class Executor(ABC):
 
     Laws (tested): an instance's answer has the same bits whatever the batch size, its place and its
     neighbours' data; a SOLVED instance agrees with ``pdipm``; nothing raises because of values.
+
+    Attributes:
+        many_at_once: whether it has `derivative`.
     """
+
+    many_at_once = False
 
     @abstractmethod
     def refuses(self, data: Data, settings: Settings) -> str | None:
@@ -112,3 +117,21 @@ class Executor(ABC):
             those that failed, if any incoming gradient is not zero. Where nobody waits (`Settings.sync`) UNSOLVED is
             failed. Weakly active rows are left out (the rule ``"inactive"``).
         """
+
+    def derivative(
+        self, data: Data, saved: Any, vectors: tuple[Tensor | None, ...], forward: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Apply the derivative of the solution to many vectors at once; where `many_at_once`.
+
+        Args:
+            saved: as in `pullback`.
+            vectors: as ``gradients`` of `pullback`, each ``(many, *batch, size)``. ``forward``: tangents of the
+                optimality conditions instead, in this order: of Qx + q + A'nu + G'lam, negated; none; of b - Ax, of
+                h - Gx, of lower, of upper.
+
+        Returns:
+            The gradients of q, b, h, lower and upper, each ``(many, *batch, size)`` and summed over nothing; those of
+            bounds are ``None`` where there are none. ``forward``: the tangents of x, nu, lam, lam_lower and lam_upper.
+            What `pullback` says of instances that are not SOLVED goes for each of the many.
+        """
+        raise NotImplementedError

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from diffopt.errors import CompiledExecutorWarning, SettingsError
 
 # What the library's diffopt_abi() must answer. It counts up with every change of the C interface, there and here.
-ABI = 5
+ABI = 6
 
 # A variant's place is the level of the machines that run it, as diffopt_cpu_level() counts.
 VARIANTS = ("baseline", "avx2", "avx512")

@@ -96,7 +96,8 @@ def test_dual_numbers_give_the_same_as_jvp(name: str) -> None:
         duals = [forward_ad.make_dual(value, tangent) for value, tangent in zip(values, u, strict=True)]
         got = [forward_ad.unpack_dual(y).tangent for y in outputs(*duals)]
     for name_, a, b in zip(OUTPUTS, got, expected, strict=True):
-        assert (a is None and not b.any()) or (a is not None and torch.equal(a, b)), name_
+        error = float((b if a is None else a - b).abs().max())
+        assert error <= EXACT_ALGEBRA * (1 + float(b.abs().max())), name_
 
 
 @pytest.mark.parametrize("name", ["everything", "shared", "linear"])

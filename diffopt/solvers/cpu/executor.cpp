@@ -7,6 +7,7 @@
 
 #include "certify.hpp"
 #include "dual.hpp"
+#include "many.hpp"
 #include "pool.hpp"
 #include "pullback.hpp"
 
@@ -198,7 +199,7 @@ int64_t solve_rest(const Batch& batch, const Options& options, const Answer& ans
 
 using namespace diffopt;
 
-DIFFOPT_API int32_t diffopt_abi() { return 5; }
+DIFFOPT_API int32_t diffopt_abi() { return 6; }
 
 // The widest instruction set of this machine: 0 baseline, 1 AVX2 + FMA, 2 AVX-512 (F, DQ, VL, BW).
 DIFFOPT_API int32_t diffopt_cpu_level() {
@@ -318,6 +319,33 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
                 else pull_group<Alone, double>(*call, places, *gradients, i, next, work);
                 i = next;
             }
+        } catch (...) {
+            failed = true;
+        }
+    });
+    return failed ? -1 : 0;
+}
+
+// Applies the derivative of instances [begin, end), which must have been solved by one call, to many vectors of each; see
+// many.hpp. Returns 0, or -1 if memory ran out.
+DIFFOPT_API int64_t diffopt_many(const Call* call, const Gradients* gradients, const Many* many, int64_t threads,
+                                 int64_t begin, int64_t end) {
+    const Batch& batch = call->batch;
+    const Places places = places_of(batch, call->options, begin, end);
+    // One instance's vectors are shared out only where there are threads without an instance.
+    const Index instances = end - begin, panel = WIDEST * W;
+    const Index pieces = instances >= threads ? 1 : std::min<Index>(threads, (many->count + panel - 1) / panel);
+    const Index each = pieces == 0 ? 0 : (many->count + pieces * panel - 1) / (pieces * panel) * panel;
+    const double n = static_cast<double>(batch.n), vectors = static_cast<double>(many->count * instances);
+    if (8 * n * n * vectors < WORTH_WAKING) threads = 1;
+    std::atomic<bool> failed{false};
+    Pool::run(instances * pieces, threads, [&](int64_t chunk) {
+        try {
+            static thread_local PullbackWork work;
+            const Index i = begin + chunk / pieces, from = chunk % pieces * each, to = std::min<Index>(many->count, from + each);
+            if (from >= to) return;
+            if (batch.single) pull_many<float>(batch, call->answer, places, *gradients, *many, i, from, to, work);
+            else pull_many<double>(batch, call->answer, places, *gradients, *many, i, from, to, work);
         } catch (...) {
             failed = true;
         }

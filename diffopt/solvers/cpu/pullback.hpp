@@ -73,11 +73,14 @@ template <class T> struct Pull {
     Index i, n, p, m;
     const T *gx, *gs, *glam, *gnu, *glower, *gupper;
     T *dQ, *dq, *dA, *db, *dG, *dh, *dlower, *dupper, *dfactor;
+    bool forward = false;
 
-    Pull(const Batch& batch, const Answer& answer, const Gradients& g, Index i)
+    Pull(const Batch& batch, const Answer& answer, const Gradients& g, Index i) : Pull(batch, answer, g, i, i) {}
+    // With the gradients of instance i at another place than the i-th.
+    Pull(const Batch& batch, const Answer& answer, const Gradients& g, Index i, Index at)
         : batch(batch), answer(answer), i(i), n(batch.n), p(batch.p), m(batch.m) {
-        auto in = [&](const void* v, Index size) { return v ? static_cast<const T*>(v) + i * size : nullptr; };
-        auto out = [&](void* v, Index size) { return v ? static_cast<T*>(v) + i * size : nullptr; };
+        auto in = [&](const void* v, Index size) { return v ? static_cast<const T*>(v) + at * size : nullptr; };
+        auto out = [&](void* v, Index size) { return v ? static_cast<T*>(v) + at * size : nullptr; };
         gx = in(g.x, n), gs = in(g.s, m), glam = in(g.lam, m);
         gnu = in(g.nu, p), glower = in(g.lower, n), gupper = in(g.upper, n);
         dQ = out(g.dQ, hessian_size()), dq = out(g.dq, n), dA = out(g.dA, p * n), db = out(g.db, p);
@@ -115,6 +118,28 @@ template <class T> struct Pull {
             if (dh[r] != 0)
                 for (Index j = 0; j < n; j++) rx[j] -= static_cast<double>(dh[r]) * static_cast<double>(G[r * n + j]);
         }
+    }
+
+    // What variable j brings to the right-hand side of the row that holds it, by where it stands; and what the force
+    // there is passed on as. A fixed variable stands at the mean of its bounds. Forward, gradients of multipliers are
+    // tangents of bounds, and the other way round.
+    double bound_in(Index j, double stands) const {
+        auto value = [j](const T* v) { return v ? static_cast<double>(v[j]) : 0.0; };
+        if (stands == FREE) return 0;
+        const bool low = stands == AT_LOWER || stands == FIXED_DOWN;
+        if (!forward) return low ? -value(glower) : value(gupper);
+        return stands >= FIXED_DOWN ? 0.5 * (value(glower) + value(gupper)) : low ? value(glower) : value(gupper);
+    }
+    void bound_out(Index j, double stands, double force) const {
+        const bool fixed = stands >= FIXED_DOWN, low = stands == AT_LOWER || stands == FIXED_DOWN;
+        double to_lower = 0, to_upper = 0;
+        if (forward) (low ? to_lower : to_upper) = low ? -force : force;
+        else {
+            if (low || fixed) to_lower = fixed ? 0.5 * force : force;
+            if (!low || fixed) to_upper = fixed ? 0.5 * force : force;
+        }
+        if (dlower) dlower[j] = static_cast<T>(stands == FREE ? 0.0 : to_lower);
+        if (dupper) dupper[j] = static_cast<T>(stands == FREE ? 0.0 : to_upper);
     }
 
     // The gradients of matrices, from those of vectors.
@@ -206,13 +231,13 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
     }
 }
 
-// The solve with the system of the active set, assembled and factored anew.
-template <class T> void pull_by_sides(const Pull<T>& g, const Sides& sides, PullbackWork& work) {
-    const Index n = g.n, p = g.p, m = g.m;
-    Reassembled& again = work.get(Sizes(g.batch));
+// The system of the active set, assembled and factored anew.
+template <class T> Reassembled& reassembled(const Batch& batch, Index i, const Sides& sides, PullbackWork& work) {
+    const Index n = batch.n, p = batch.p, m = batch.m;
+    Reassembled& again = work.get(Sizes(batch));
     Scaled& k = again.problem;
     Saddle& saddle = again.saddle;
-    k.read<T>(g.batch, g.i);
+    k.read<T>(batch, i);
     for (Index j = 0; j < n; j++) k.dx[j] = sides.d[j];
     for (Index r = 0; r < p; r++) k.eq[r] = sides.eq[r];
     for (Index r = 0; r < m; r++) k.row[r] = sides.rows[r];
@@ -222,7 +247,14 @@ template <class T> void pull_by_sides(const Pull<T>& g, const Sides& sides, Pull
     for (Index r = 0; r < m; r++) saddle.row_in[r] = sides.row[r], saddle.row_e[r] = 0;
     for (Index j = 0; k.k.bounded() && j < n; j++) saddle.bound_in[j] = sides.bound[j] != FREE, saddle.bound_e[j] = 0;
     saddle.factor(sides.diagonal() ? DIAGONAL_FIRST : HELD);
+    return again;
+}
 
+// The solve with it.
+template <class T> void pull_by_sides(const Pull<T>& g, const Sides& sides, Reassembled& again) {
+    const Index n = g.n, p = g.p, m = g.m;
+    Scaled& k = again.problem;
+    Saddle& saddle = again.saddle;
     double *right = again.right, *u = again.u;
     std::fill_n(right, saddle.size, 0.0);
     for (Index j = 0; j < n; j++) right[j] = g.gx ? static_cast<double>(g.gx[j]) : 0.0;
@@ -235,24 +267,14 @@ template <class T> void pull_by_sides(const Pull<T>& g, const Sides& sides, Pull
     for (Index r = 0; r < p; r++) right[saddle.at_eq + r] = g.gnu ? k.eq[r] * static_cast<double>(g.gnu[r]) : 0.0;
     for (Index r = 0; r < m; r++)
         right[saddle.at_row + r] = g.glam && sides.row[r] != 0 ? k.row[r] * static_cast<double>(g.glam[r]) : 0.0;
-    for (Index j = 0; k.k.bounded() && j < n; j++) {
-        const double side = sides.bound[j];
-        const bool low = side == AT_LOWER || side == FIXED_DOWN;
-        const T* from = side == FREE ? nullptr : low ? g.glower : g.gupper;
-        right[saddle.at_bound + j] = from ? (low ? -1 : 1) * static_cast<double>(from[j]) / k.dx[j] : 0.0;
-    }
+    for (Index j = 0; k.k.bounded() && j < n; j++) right[saddle.at_bound + j] = g.bound_in(j, sides.bound[j]) / k.dx[j];
     saddle.solve_minimum_norm(right, u);
-    for (Index j = 0; j < n; j++) g.dq[j] = static_cast<T>(-u[j] * k.dx[j]);
+    const double sign = g.forward ? 1 : -1;
+    for (Index j = 0; j < n; j++) g.dq[j] = static_cast<T>(sign * u[j] * k.dx[j]);
     for (Index r = 0; r < p; r++) g.db[r] = static_cast<T>(u[saddle.at_eq + r] * k.eq[r] / cost);
     for (Index r = 0; r < m; r++)
         if (sides.row[r] != 0) g.dh[r] += static_cast<T>(u[saddle.at_row + r] * k.row[r] / cost);
-    for (Index j = 0; k.k.bounded() && j < n; j++) {
-        const double side = sides.bound[j], force = u[saddle.at_bound + j] / (cost * k.dx[j]);
-        // (A fixed variable stands at the mean of its bounds.)
-        const double share = side == FIXED_DOWN || side == FIXED_UP ? 0.5 * force : force;
-        if (g.dlower) g.dlower[j] = static_cast<T>(side == AT_LOWER || side >= FIXED_DOWN ? share : 0.0);
-        if (g.dupper) g.dupper[j] = static_cast<T>(side == AT_UPPER || side >= FIXED_DOWN ? share : 0.0);
-    }
+    for (Index j = 0; k.k.bounded() && j < n; j++) g.bound_out(j, sides.bound[j], u[saddle.at_bound + j] / (cost * k.dx[j]));
 }
 
 // What needs no solve: an instance without a record, or without a solution. Returns whether this is one.
@@ -270,8 +292,10 @@ void pull_back(const Batch& batch, const Answer& answer, const Places& places, c
     const double kind = *places.at(answer, i);
     if (pull_nothing(g, kind)) return;
     g.clear_vectors();
-    if (kind == ONLY_SIDES) pull_by_sides(g, Sides(batch, places.at(answer, i), places.step(i)), work);
-    else pull_by_factor(g, work);
+    if (kind == ONLY_SIDES) {
+        const Sides sides(batch, places.at(answer, i), places.step(i));
+        pull_by_sides(g, sides, reassembled<T>(batch, i, sides, work));
+    } else pull_by_factor(g, work);
     g.write_matrices(work);
 }
 
