@@ -7,7 +7,9 @@
 #   make sanitize   run the compiled CPU executor under sanitizers, from a C++ program (2 minutes)
 #   make sanitize-suite   its tests from Python, with a library compiled with sanitizers (some minutes)
 #   make transforms write the tables of docs/transforms.md anew, from the cases that the tests run
-#   make accuracy   print the worst errors of x and of all gradients against an exact reference
+#   make accuracy   the worst errors of x and of all gradients against an exact reference, and of float32, into docs/accuracy.md
+#   make hard       check every claim on 100,000 random hard problems, and write what came of it into docs/accuracy.md (3 minutes)
+#   make maros      write the table of Maros-Meszaros problems in docs/accuracy.md anew
 #   make lint       format, lint and types
 #   make coverage   make test, then the lines that the measurement leaves out
 #   make cpu        compile the CPU executor into build/cpu/; the targets that solve anything do this first
@@ -21,6 +23,7 @@ PYTHON ?= python3
 JOBS ?= 2
 DEMO_OPTIONS ?=
 BENCH_OPTIONS ?=
+HARD_OPTIONS ?= --write
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +35,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq -
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu demo test slow mutations sanitize sanitize-suite transforms accuracy lint format coverage bench bench-scaling bench-cuda sanitize-cuda docs clean
+.PHONY: help cpu demo test slow mutations sanitize sanitize-suite transforms accuracy hard maros lint format coverage bench bench-scaling bench-cuda sanitize-cuda docs clean
 .NOTPARALLEL:
 
 help:
@@ -107,6 +110,12 @@ transforms: $(VENV)/installed-test build/cpu/built
 
 accuracy: $(VENV)/installed-test build/cpu/built
 	OMP_NUM_THREADS=1 $(BIN)/python tests/accuracy.py
+
+hard: $(VENV)/installed-test build/cpu/built
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hard.py $(HARD_OPTIONS)
+
+maros: $(VENV)/installed-test build/cpu/built
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/test_maros.py
 
 coverage: test
 	@echo "Lines that need a GPU and are not measured:"

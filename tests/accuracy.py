@@ -2,7 +2,8 @@
 
 Worst relative errors of x and of the gradients of all data against the extended-precision active-set
 reference (`reference.py`), and the distance of x to Clarabel, as it stops and after the polish that the
-"cvxpy" backend gives it, over the instances of `laws/test_gradients_reference.py`.
+"cvxpy" backend gives it, over the instances of `laws/test_gradients_reference.py`; then float32 against float64
+(`float32.py`). Both go into `docs/accuracy.md`.
 """
 
 from __future__ import annotations
@@ -10,22 +11,24 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("laws", ".", "..")]
 
 import test_gradients_reference as law
 
 import diffopt
+import float32
 import measures
+import pages
+import test_maros
 from diffopt.check import known
 
+HEADS = ["n", "p", "m", "bounds", "x", "worst gradient", "x to Clarabel", "Clarabel itself", "x to Clarabel polished"]
 
-def main() -> None:
+
+def against_the_reference() -> str:
+    """Return the table against the extended-precision reference, and its worst figures in a line below."""
     worst: dict[str, float] = {}
-    count = 0
-    print(f"margin {law.MARGIN}, cond(Q) up to {law.CONDITION:.0e}, {law.BATCH} instances a line")
-    print(" n  p  m  bounds     x error    worst gradient error    x to Clarabel  its own error   polished")
+    count, lines = 0, []
     for n, p, m, bounds, more in law.STRUCTURES:
         for seed in law.SEEDS:
             problem = known.quadratic_program(
@@ -46,12 +49,23 @@ def main() -> None:
                 "x to Clarabel polished": to_polished,
             }  # fmt: skip
             worst = {name: max(value, worst.get(name, 0.0)) for name, value in figures.items()}
-            print(
-                f"{n:2d} {p:2d} {m:2d}  {bounds or 'none':8s} {errors.x:9.1e}    {gradient:9.1e} (in {piece:5s})"
-                f"{ours_to_raw:12.1e}{own:15.1e}{to_polished:11.1e}"
-            )
-    listing = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
-    print(f"worst of {count} instances: {listing} (torch {torch.__version__})")
+            by_figure = [f"{value:.0e}" for value in (errors.x, gradient, ours_to_raw, own, to_polished)]
+            by_figure[1] += f" (in {piece})"
+            lines.append([str(n), str(p), str(m), bounds or "none", *by_figure])
+    listing = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
+    return (
+        f"{pages.table(HEADS, lines)}\nMargin {law.MARGIN}, cond(Q) up to {law.CONDITION:.0e}; "
+        f"worst of {count} instances: {listing}.\n"
+    )
+
+
+def main() -> None:
+    for name, text in (
+        ("reference", against_the_reference()),
+        ("float32", float32.rendered(test_maros.REGULAR)),
+    ):
+        print(text)
+        pages.write(pages.ACCURACY, name, text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ CLAIMS = (Status.SOLVED, Status.ALMOST_SOLVED, Status.PRIMAL_INFEASIBLE, Status.
 
 class Verdict(NamedTuple):
     """Per instance: ``right``: it ended as it must; ``wrong``: it claims what is not so (a solution whose residuals say
-    otherwise or where there is none, a proof that proves nothing, ...). What is neither was given up, which is no claim.
+    otherwise or where there is none, a proof that proves nothing, ...). What is neither was given up: no claim.
 
     ``error``: of x where it is unique, else of the value, relative; or of the certificate; 0 where there is neither.
     """
@@ -129,8 +129,13 @@ def residual(data: Arrays, point: Arrays) -> np.ndarray:
         held = (sides[0] * lam).sum(-1) - (sides[1] * low).sum(-1) + (sides[2] * high).sum(-1)
         terms = np.stack([(x * Qx).sum(-1), (data["q"] * x).sum(-1), (b * point["nu"]).sum(-1), held])
         gap = np.abs(terms.sum(0)) / (1 + np.abs(terms).max(0))
-        negative = -np.stack([v.min(-1, initial=0) for v in (lam, low, high)]).min(0)
-    return np.stack([primal, dual, gap, negative]).max(0)
+    return np.stack([primal, dual, gap, misplaced(data, point)]).max(0)
+
+
+def misplaced(data: Arrays, duals: Arrays) -> np.ndarray:
+    """Return the largest multiplier that is negative, or of a side that does not exist."""
+    pairs = [(duals["lam"], data["h"]), (duals["lam_lower"], data["lower"]), (duals["lam_upper"], data["upper"])]
+    return largest(*(np.where(np.isfinite(side), np.minimum(dual, 0), dual) for dual, side in pairs))
 
 
 def farkas(data: Arrays, proof: Arrays) -> np.ndarray:
@@ -142,10 +147,8 @@ def farkas(data: Arrays, proof: Arrays) -> np.ndarray:
         size = pulled(np.abs(data["A"]), np.abs(nu)) + pulled(np.abs(data["G"]), lam) + low + high
         depth = (data["b"] * nu).sum(-1) + (there(h, h) * lam).sum(-1)
         depth += (there(upper, upper) * high).sum(-1) - (there(lower, lower) * low).sum(-1)
-        signs = np.stack([v.min(-1, initial=0) for v in (lam, low, high)]).min(0)
-        absent = largest(*(np.where(np.isfinite(s), 0, v) for s, v in ((h, lam), (lower, low), (upper, high))))
         left = np.abs(sums) / (1 + size)
-    return np.stack([left.max(-1), np.abs(depth + 1), -signs, absent]).max(0)
+    return np.stack([left.max(-1), np.abs(depth + 1), misplaced(data, proof)]).max(0)
 
 
 def ray(data: Arrays, proof: Arrays) -> np.ndarray:

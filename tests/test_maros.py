@@ -1,7 +1,12 @@
-"""Convex quadratic programs from practice, against their reference solutions: no claim is false."""
+"""Convex quadratic programs from practice, against their reference solutions: no claim is false.
+
+`docs/accuracy.md` has a table of how each is solved, which ``make maros`` writes (this file, run as a program).
+"""
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ import torch
 import diffopt
 import maros
 import measures
+import pages
 import reference
 from diffopt import Status
 from tolerances import RESIDUAL
@@ -76,3 +82,54 @@ def test_gradients_where_there_is_one(executor: Any, name: str) -> None:
     expected = reference.gradients(answer, weights)
     errors = {key: reference.error(leaves[key].grad, expected[key]) for key in leaves}
     assert max(errors.values()) <= GRADIENT, errors
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+HEADS = ["problem", "n", "p", "m", "bounds", "status"]
+HEADS += [f"{executor}: {figure}" for executor in ("cpu", "torch") for figure in ("residual", "iterations", "seconds")]
+LONGEST = 30.0
+"""Seconds of one core that a problem may take."""
+
+
+def rendered() -> str:
+    """Return the table: how each executor ends each problem, its worst residual (recomputed), its time on one core."""
+    torch.set_num_threads(1)
+    lines = []
+    for name in ["HS21", *maros.names()]:  # (The first for what is done once in a process.)
+        problem = maros.load(name)
+        data: dict[str, Any] = problem.data
+        statuses, figures = [], []
+        for executor in ("cpu", "torch"):
+            settings: Any = diffopt.Settings(executor=executor)
+            began = time.process_time()
+            solution = diffopt.solve_qp(**data, settings=settings, on_failure="return")
+            seconds = time.process_time() - began
+            worst = max(float(value) for value in measures.residuals(problem.data, solution).values())
+            statuses.append(Status(int(solution.status)).name)
+            figures += [f"{worst:.0e}", str(int(solution.iterations)), f"{seconds:.3f}"]
+        lines.append([name, *sizes(problem), " / ".join(dict.fromkeys(statuses)), *figures])
+    return pages.table(HEADS, lines[1:])
+
+
+def sizes(problem: maros.MarosProblem) -> list[str]:
+    """Return the numbers of variables, equalities, rows and finite bounds."""
+    present = {name: side for name, side in problem.data.items() if side is not None}
+    counts = [len(present[name]) if name in present else 0 for name in ("q", "b", "h")]
+    bounds = sum(int(present[name].isfinite().sum()) for name in ("lower", "upper") if name in present)
+    return [str(count) for count in (*counts, bounds)]
+
+
+def test_the_page_shows_every_problem_solved_or_refused() -> None:
+    rows = pages.rows(pages.section(pages.ACCURACY, "Maros-Meszaros"))
+    assert [row[0] for row in rows] == maros.names(), "run `make maros`"
+    for row in rows:
+        assert row[1:5] == sizes(maros.load(row[0]))
+        assert row[5] == ("NUMERICAL_ERROR" if row[0] in REFUSED else "SOLVED")
+        assert all(float(row[k]) < LONGEST for k in (8, 11))
+        assert row[0] in REFUSED or all(float(row[k]) <= RESIDUAL[torch.float64] for k in (6, 9))
+
+
+if __name__ == "__main__":
+    pages.write(pages.ACCURACY, "Maros-Meszaros", rendered())
+    sys.exit(0)

@@ -118,11 +118,13 @@ class General {
         may_hold_ = again && !diagonal;
         last_ = !again;
         Ending end = iterate(tolerance, max_iterations, with_polish, diagonal);
+        if (errors.worst <= tolerance) end = CONVERGED;
         auto once_more = [&](double weight) {
             if (!again || (end != STUCK && end != BROKEN) || iterations >= max_iterations) return;
             start(weight);
             const Ending found = iterate(tolerance, max_iterations, with_polish, diagonal);
             if (found != BROKEN) end = found;
+            if (errors.worst <= tolerance) end = CONVERGED;
         };
         if (!diagonal) {
             // From the start, holding every row throughout.
@@ -340,7 +342,7 @@ class General {
         count_ = 0;
         for (Index r = 0; r < k.rows; r++) count_ += k.on[r];
         double last_mu = INF, tried = INF, goal = INF;
-        int slow = 0, stalled = 0, waited = 0;
+        int slow = 0, stalled = 0, waited = 0, further = 0;
         for (int64_t turn = 0;; turn++) {
             const Errors found = k.measure(now_);
             const double residual = found.worst;
@@ -354,11 +356,13 @@ class General {
                 changed = changed || above != above_[r];
                 above_[r] = above;
             }
+            const bool done = errors.worst <= tolerance;
             if (residual <= tolerance) {
-                if (with_polish) polish(residual);
-                return CONVERGED;
+                // Where small multipliers meet small slacks, a point this accurate does not tell yet which rows are active.
+                if (!with_polish || polish(errors.worst) || errors.worst <= ENOUGH || further == FURTHER) return CONVERGED;
+                further++;
             }
-            if (k.soft == 0) {
+            if (!done && k.soft == 0) {
                 const Ending proven = proof(bounded);
                 if (proven != STUCK) {
                     problem.copy(state, now_);
@@ -366,7 +370,7 @@ class General {
                 }
             }
             // The right active set is often known long before the point is accurate.
-            if (with_polish && turn && !changed && residual <= TRY && residual <= 0.1 * tried) {
+            if (!done && with_polish && turn && !changed && residual <= TRY && residual <= 0.1 * tried) {
                 tried = residual;
                 if (polish(ENOUGH)) return CONVERGED;
             }
@@ -420,6 +424,7 @@ class General {
     }
     double count_ = 0;
     static constexpr int PATIENCE = 12;      // steps without half the residual, after which something else is tried
+    static constexpr int FURTHER = 5;        // steps below the tolerance in search of the active set
     static constexpr double NEAR = 1e-3;     // residual from which on slow progress is blamed on the weights
     static constexpr double LIGHT = 1e-8;    // weight of the rows at the last start, which almost forgets them
     bool last_ = true;                       // no other start will be tried
