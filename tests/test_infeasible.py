@@ -325,11 +325,11 @@ class Inaccurate(diffopt.backends.PdipmBackend):
 
     name = "inaccurate"
 
-    def solve(self, form: Any, settings: Settings, keep: bool = False) -> Any:
-        return super().solve(form, settings.replace(executor="torch"), keep)
+    def solve(self, form: Any, settings: Settings, keep: bool = False, start: Any = None) -> Any:
+        return super().solve(form, settings.replace(executor="torch"), keep, start)
 
-    def _solve(self, form: Any, settings: Settings) -> Any:
-        raw = super()._solve(form, settings)
+    def _solve(self, form: Any, settings: Settings, start: Any = None) -> Any:
+        raw = super()._solve(form, settings, start)
         if isinstance(form.Q, diffopt.Dense):
             raw.x = raw.x + 3e-8
             raw.s = None
