@@ -531,7 +531,7 @@ FAMILIES = [
     Family("Q nonsymmetric", hessian_nonsymmetric),
     Family("Q less 1e-13 of its size", hessian_within_rounding_of_convex),
     Family("Q indefinite", hessian_indefinite),
-    Family("Q with eigenvalues down to 1e-10", hessian_ill_conditioned, 1.0),
+    Family("Q with eigenvalues down to 1e-10", hessian_ill_conditioned, 1e-5),  # 100 eps cond(Q) would be 2e-4
     Family("Q diagonal, 1e-4 to 1e4", hessian_diagonal),
     Family("linear, one solution", vertex),
     Family("linear, a degenerate vertex", vertex_degenerate),

@@ -139,6 +139,7 @@ class Factor:
     def __init__(self, system: Saddle, rows: Rows) -> None:
         self.system, self.rows = system, rows
         shift = system.shift
+        self.rho: Tensor | float = shift.rho
         zero = torch.zeros((), dtype=rows.row_e.dtype, device=rows.row_e.device)
         self.row_weight = torch.where(rows.row_in, 1 / (rows.row_e + shift.row), zero)
         self.bound_weight = zero.expand(rows.bound_in.shape)
@@ -179,7 +180,7 @@ class Factor:
         """Return R u."""
         shift = self.system.shift
         bound = -shift.bound * u.bound if u.bound.shape[-1] else u.bound
-        return self.mask(Blocks(shift.rho * u.x, -shift.eq * u.eq, -shift.row * u.row, bound))
+        return self.mask(Blocks(self.rho * u.x, -shift.eq * u.eq, -shift.row * u.row, bound))
 
     def solve(self, r: Blocks, refinements: int = 1) -> Blocks:
         """Solve K u = r with a fixed number of refinements; for Newton steps."""
@@ -409,9 +410,15 @@ class _Augmented(Factor):
         M = system.Q.dense() + system.A.mT @ system.A
         if system.G.shape[-2]:
             M = M + system.G.mT @ (self.soft.unsqueeze(-1) * system.G)
-        extra = torch.full_like(M[..., 0], system.shift.rho)
-        extra = extra + self.bound_weight if self.bound_weight.shape[-1] else extra
-        self.M, self.failed = cholesky(add_diagonal(M, extra))
+        weight = self.bound_weight if self.bound_weight.shape[-1] else torch.zeros_like(M[..., 0])
+        little, failed = cholesky(add_diagonal(M.clone(), weight + LITTLE))
+        # A rho above the curvature in some direction would hide it from the refinement.
+        singular = failed | (pivots(little).amin(-1) < 1e2 * LITTLE)
+        self.rho = torch.where(singular, system.shift.rho, LITTLE).unsqueeze(-1)
+        if waiting.some(singular):
+            self.M, self.failed = cholesky(add_diagonal(M, weight + self.rho))
+        else:
+            self.M, self.failed = little, failed
         held = torch.where(rows.row_in, 1.0, torch.zeros_like(self.soft))
         C = torch.cat(_same_batch(system.A, held.unsqueeze(-1) * system.G), -2)
         self.V = lower_solve(self.M, _with_batch(C.mT, self.M))
@@ -441,6 +448,9 @@ class _Augmented(Factor):
         taking_part = torch.cat(_same_batch_vectors(torch.ones_like(self.system.shift.eq).bool(), self.rows.row_in), -1)
         return (taking_part & (pivots(self.S) < _pivot_floor(self.S.dtype))).sum(-1)
 
+
+LITTLE = 1e-13
+"""rho of a final active set whose n x n matrix has pivots that are clearly more."""
 
 _ROUNDING = 4e-15
 """Of the largest diagonal entry of M: what its Cholesky factorisation may lose."""

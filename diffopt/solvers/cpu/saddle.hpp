@@ -19,6 +19,7 @@ namespace diffopt {
 enum Elimination { WEIGHED, HELD, DIAGONAL_FIRST };
 
 constexpr double DELTA = 1e-10, RHO = 1e-9;
+constexpr double LITTLE = 1e-13;          // rho of a final active set whose n x n matrix has pivots that are clearly more
 constexpr double ROUNDING = 4e-15;        // of the largest diagonal entry: what a factorisation may lose
 
 class Saddle {
@@ -199,7 +200,7 @@ class Saddle {
     Scaled& s;
     Index most_;
     Elimination how_ = WEIGHED;
-    double rho_ = 0, rho_now_ = 0;
+    double rho_ = 0;
     std::vector<Index> list_;  // rows of G that take part
     Index columns_ = 0, ld_ = 0;
     double *row_w_, *row_delta_, *bound_w_, *bound_delta_, *eq_delta_, *extra_, *H_, *root_h_, *t_, *inv_m_, *Qx_;
@@ -279,16 +280,29 @@ class Saddle {
         for (Index r : list_) put(s.G + r * s.np, held ? 1 / (1 + row_e[r]) : row_w_[r]);
         for (Index r = 0; r < s.k.rank; r++) put(s.F + r * s.np, 1);
         auto all = [](Index) { return Index{0}; };
-        gram<P, false>(B_, s.np, count, n, s.dense() ? s.Q : nullptr, s.np, M_, s.np, all);
-        double most = 0;
-        for (Index j = 0; j < n; j++) {
-            if (!s.dense()) M_[j * s.np + j] += s.diagonal[j];
-            most = vmax(M_[j * s.np + j], most);
+        auto factored = [&](double rho) {
+            gram<P, false>(B_, s.np, count, n, s.dense() ? s.Q : nullptr, s.np, M_, s.np, all);
+            double most = 0;
+            for (Index j = 0; j < n; j++) {
+                if (!s.dense()) M_[j * s.np + j] += s.diagonal[j];
+                most = vmax(M_[j * s.np + j], most);
+            }
+            // Weights grow without bound near the solution; rho keeps pace with their rounding error.
+            if (!held) rho = vmax(ROUNDING * most, rho);
+            for (Index j = 0; j < n; j++) extra_[j] = rho + (s.k.bounded() ? bound_w_[j] : 0.0);
+            return cholesky<P>(M_, s.np, extra_, M_, s.np, n, inv_m_);
+        };
+        // (A rho above the curvature in some direction would hide it from the refinement.)
+        const auto first = factored(held ? LITTLE : RHO);
+        if (held) {
+            rho_ = LITTLE;
+            if (!first.positive || first.smallest < 1e2 * LITTLE) {
+                rho_ = RHO;
+                if (!factored(RHO).positive) return false;
+            }
+        } else if (!first.positive) {
+            return false;
         }
-        // Weights grow without bound near the solution; rho keeps pace with their rounding error.
-        rho_now_ = held ? RHO : vmax(ROUNDING * most, RHO);
-        for (Index j = 0; j < n; j++) extra_[j] = rho_now_ + (s.k.bounded() ? bound_w_[j] : 0.0);
-        if (!cholesky<P>(M_, s.np, extra_, M_, s.np, n, inv_m_).positive) return false;
         if (soft && !held) return true;  // equalities are weighed like rows
         gather(held, false);
         solve_transposed<P>(M_, s.np, inv_m_, n, V_, ld_, 0, ld_ / W, all);
