@@ -66,11 +66,13 @@ def _give_back(records: Tensor, spare: list[Tensor] = _spare) -> None:
         spare.append(records)
 
 
-LARGE = 2**25
-"""Bytes from which the C library gives every new tensor new memory, which the system clears page by page."""
+LARGE = 2**20
+"""Bytes from which the C library may give memory back to the system, which clears what is taken anew page by page."""
 
 _lent: list[torch.UntypedStorage] = []
-"""Memory of large gradients (up to 256 MiB), which serves again when nobody but this list refers to it."""
+"""Memory of large gradients (`MOST_LENT`, up to 256 MiB), which serves again when only this list refers to it."""
+
+MOST_LENT = 16
 
 _references: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
@@ -93,8 +95,12 @@ def _new_gradient(like: Tensor, shape: torch.Size, size: int) -> Tensor:
     if found is None:
         found = torch.UntypedStorage(size)
     gradient = like.new_empty(0).set_(found, 0, shape)  # type: ignore[call-overload]
-    if sum(storage.nbytes() for storage in _lent) + found.nbytes() <= 2**28:
-        _lent.append(found)
+    _lent.append(found)
+    try:
+        while len(_lent) > MOST_LENT or sum(storage.nbytes() for storage in _lent) > 2**28:
+            _lent.pop(0)
+    except IndexError:  # (another thread was faster)
+        pass
     return gradient
 
 
