@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pages
 from benchmarks.timing import SPREAD
 from benchmarks.workload import Case
 
@@ -103,6 +104,54 @@ def _remarks(case: dict[str, Any]) -> Iterable[str]:
         yield f"{peer} ({forward.get('executor', '')}): {'; '.join(parts)}."
 
 
+RIGHT = 1e-3
+"""Gradient error up to which a peer counts as differentiable in the short table: above, its gradient is wrong."""
+
+
+def for_page(results: dict[str, Any]) -> str:
+    """Return a short table: diffopt beside the fastest others of each case."""
+    machine = results["machine"]
+    lines = []
+    for run in results["runs"]:
+        for case in run["cases"]:
+            modes = {
+                mode: [row for row in case["rows"] if row["mode"] == mode and "seconds" in row]
+                for mode in ("forward", "forward+backward", "backward", "backward, q only")
+            }
+            ours = {mode: next((r for r in rows if r["peer"] == "diffopt"), None) for mode, rows in modes.items()}
+            forward, both = ours["forward"], ours["forward+backward"]
+            if forward is None or both is None:
+                continue
+            others = [r for r in modes["forward"] if not r["peer"].startswith("diffopt")]
+            right = [
+                r for r in modes["forward+backward"]
+                if not r["peer"].startswith("diffopt") and max(r["gradient_errors"].values()) <= RIGHT
+            ]  # fmt: skip
+            shares = [
+                f"1/{forward['seconds'] / back['seconds']:.3g}" if back else ""
+                for back in (ours["backward"], ours["backward, q only"])
+            ]
+            sizes = ", ".join(str(case["case"][k]) for k in ("batch", "n", "m", "p"))
+            lines.append([
+                sizes, str(run["threads"]), in_units(forward["seconds"]), _beside(others, forward),
+                in_units(both["seconds"]), _beside(right, both), *shares, f"{forward.get('share_of_peak', 0):.1%}",
+            ])  # fmt: skip
+    heads = [
+        "batch, n, m, p", "threads", "forward", "fastest other", "forward and backward",
+        "fastest other with right gradients", "backward / forward", "with q alone", "of the peak",
+    ]  # fmt: skip
+    loads = ", ".join(f"{r['load_average']['before']:.1f} to {r['load_average']['after']:.1f}" for r in results["runs"])
+    said = f"{results['when']}, {machine['cpu']}, {machine['cores']} cores, load average {loads}."
+    return f"{said}\n\n{pages.table(heads, lines)}"
+
+
+def _beside(rows: list[dict[str, Any]], ours: dict[str, Any]) -> str:
+    if not rows:
+        return "none"
+    best = min(rows, key=lambda row: row["seconds"])
+    return f"{best['peer']} {in_units(best['seconds'])} ({best['seconds'] / ours['seconds']:.3g} times ours)"
+
+
 def summary(case: Case, workers: Iterable[str], rows: list[dict[str, Any]], seconds: float) -> str:
     """Return a line per peer for the terminal."""
     lines = [f"{case} ({seconds:.0f} s)"]
@@ -183,4 +232,7 @@ if __name__ == "__main__":
     source = Path(sys.argv[1])
     read = json.loads(source.read_text())
     source.with_suffix(".md").write_text(tables(read))
-    plots(read, source.parent, source.stem)
+    pictures = plots(read, source.parent, source.stem)
+    if source.stem == "optnet":
+        pages.write(pages.SPEED, "peers", for_page(read))
+        pages.show(pictures)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import accuracy, report, timing, workload
+from benchmarks import accuracy, pages, report, timing, workload
 from benchmarks.accuracy import Answer, Reference
 from benchmarks.peers import PEERS
 from benchmarks.peers.diffopt_ import active_rows
@@ -87,6 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(report.tables(results))
     plots = report.plots(results, RESULTS, options.output)
+    if options.output == "optnet":
+        pages.write(pages.SPEED, "peers", report.for_page(results))
+        pages.show(plots)
     print("Wrote", *(os.path.relpath(p) for p in (path, path.with_suffix(".md"), *plots)))
 
 

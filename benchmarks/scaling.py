@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import pages, timing
 from benchmarks.run import BOTH, FORWARD, OURS, RESULTS, machine, versions
 from benchmarks.timing import QUICK, Effort, Samples
 from benchmarks.worker import PeerFailed, Worker
@@ -52,6 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(results))
     picture = plot(results, path.with_suffix(".png"))
+    if options.output == "scaling":
+        pages.write(pages.SPEED, "memory", pages.table(MEMORY_HEADS, memory_rows(results)))
+        pages.show([picture])
     print("Wrote", *(os.path.relpath(p) for p in (path, path.with_suffix(".md"), picture)))
 
 
@@ -122,18 +126,21 @@ def table(results: dict[str, Any]) -> str:
             f"{point['seconds'] * 1e3:.3g} ms | {point['spread']:.0%} |"
         )
     lines += ["", "Most resident memory beside the data (gradients of the data are as large as the data):", ""]
-    lines += [
-        "| batch | n | m | mode | data | beside it | ratio |",
-        "| ---: | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]
+    return "\n".join(lines) + "\n" + pages.table(MEMORY_HEADS, memory_rows(results))
+
+
+MEMORY_HEADS = ["batch", "n", "m", "mode", "data", "beside it", "ratio"]
+
+
+def memory_rows(results: dict[str, Any]) -> Iterator[list[str]]:
+    """Return the rows of the table of memory."""
     for point in results["memory"]:
-        sizes = " | ".join(str(point["case"][name]) for name in ("batch", "n", "m"))
+        head = [*(str(point["case"][name]) for name in ("batch", "n", "m")), point["mode"]]
         if "failed" in point:
-            lines.append(f"| {sizes} | {point['mode']} | {point['failed']} | | |")
+            yield [*head, point["failed"], "", ""]
             continue
         data, extra = point["data_bytes"] / 2**20, point["extra_bytes"] / 2**20
-        lines.append(f"| {sizes} | {point['mode']} | {data:.0f} MiB | {extra:.0f} MiB | {point['ratio']:.2f} |")
-    return "\n".join(lines) + "\n"
+        yield [*head, f"{data:.0f} MiB", f"{extra:.0f} MiB", f"{point['ratio']:.2f}"]
 
 
 def plot(results: dict[str, Any], path: Path) -> Path:

@@ -157,7 +157,7 @@ def attach(form: Form, prepared: Prepared, transformed: bool = False) -> Solutio
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=_unless_changed(form.tensors() | point._asdict(), value),
+        _value=_unless_changed(form, point._asdict(), value),
         _hessian=form.Q if isinstance(form, QPForm) else None,
         _adjoint=None if transformed else prepared.system.adjoint,
     )
@@ -213,7 +213,7 @@ def attach_solved(form: Form, found: kkt.Solved, attached: bool, kink_rule: str,
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=_unless_changed(form.tensors() | {"x": tied.x, "s, nu or lam": tied.rest}, value),
+        _value=_unless_changed(form, {"x": tied.x, "s, nu or lam": tied.rest}, value),
         _hessian=form.Q if isinstance(form, QPForm) else None,
         _adjoint=adjoint,
     )
@@ -328,7 +328,7 @@ def _pulled(
     found.packed = Packed(packed.arrangement, _EMPTY, _EMPTY, packed.report)
     task = _Task(form, found, inputs, others, kink_rule, weak_tolerance)
     # (In a list they are no inputs, and autograd makes no views of them.)
-    x, rest = _Pulled.apply(task, [packed.x, packed.rest], *[tensors[i] for i in inputs])
+    x, rest = _apply(task, [packed.x, packed.rest], *[tensors[i] for i in inputs])
     return Packed(packed.arrangement, x, rest, packed.report)
 
 
@@ -372,6 +372,11 @@ class _Pulled(torch.autograd.Function):
         form = _with_saved(task, data) if task.others else task.form
         found = _pull(task, form, point, _gradients(arrangement, for_x, for_rest), tuple(needed))
         return None, None, *[found[i] for i in task.inputs]
+
+
+# (That of `torch.autograd.Function` looks for transforms first, which takes half as long as a small solve.)
+_plain: Any = super(torch.autograd.Function, _Pulled)
+_apply: Callable[..., tuple[Tensor, Tensor]] = _plain.apply
 
 
 def _gradients(arrangement: Arrangement, for_x: Tensor | None, for_rest: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -592,15 +597,16 @@ def _only_derivative(v: Tensor) -> Tensor:
     return torch.where(torch.isinf(v), 0.0, v - v.detach())
 
 
-def _unless_changed(named: dict[str, Tensor], value: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return ``value``, with an error where one of these tensors was changed in place between now and the call."""
+def _unless_changed(form: Form, point: dict[str, Tensor], value: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return ``value``, with an error where data or point were changed in place between now and the call."""
+    tensors = form.tensors()
     try:
-        before = [tensor._version for tensor in named.values()]
+        before = [tensor._version for tensor in (*tensors.values(), *point.values())]
     except RuntimeError:  # tensors of inference mode do not count their changes
         return value
 
     def checked() -> Tensor:
-        for (name, tensor), version in zip(named.items(), before, strict=True):
+        for (name, tensor), version in zip((tensors | point).items(), before, strict=True):
             freed = _is_freed(tensor)
             if tensor._version != version or freed:
                 raise ChangedDataError(

@@ -18,8 +18,8 @@ import test_gradients_reference as law
 import diffopt
 import float32
 import measures
-import pages
 import test_maros
+from benchmarks import pages
 from diffopt.check import known
 
 HEADS = ["n", "p", "m", "bounds", "x", "worst gradient", "x to Clarabel", "Clarabel itself", "x to Clarabel polished"]

@@ -14,7 +14,7 @@ from torch import Tensor
 import diffopt
 import maros
 import measures
-import pages
+from benchmarks import pages
 from diffopt import Settings, Status
 from diffopt.check import known
 from diffopt.check.known import Bounds

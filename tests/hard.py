@@ -18,8 +18,8 @@ sys.path[:0] = [str(Path(__file__).parent / folder) for folder in (".", "..")]
 
 import claims
 import diffopt
-import pages
 import test_hard_families
+from benchmarks import pages
 from hard_families import FAMILIES, Family, random_sizes
 
 BATCH = 25

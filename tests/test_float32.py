@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import float32
-import pages
+from benchmarks import pages
 from test_maros import REGULAR
 from tolerances import GRADIENT, SOLUTION
 

@@ -11,7 +11,7 @@ import torch
 
 import claims
 import diffopt
-import pages
+from benchmarks import pages
 from diffopt import Settings, Status
 from hard_families import FAMILIES, Drawn, Family, Sizes, random_sizes
 

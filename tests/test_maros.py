@@ -15,8 +15,8 @@ import torch
 import diffopt
 import maros
 import measures
-import pages
 import reference
+from benchmarks import pages
 from diffopt import Status
 from tolerances import RESIDUAL
 

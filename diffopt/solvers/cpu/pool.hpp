@@ -1,6 +1,7 @@
 // Threads that share out the instances of a batch. Which thread does what changes no result.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <memory>
@@ -10,6 +11,9 @@
 
 #if !defined(_WIN32)
 #include <unistd.h>
+#endif
+#if defined(__SSE2__)
+#include <immintrin.h>
 #endif
 
 namespace diffopt {
@@ -34,8 +38,21 @@ class Pool {
     std::condition_variable wake_, done_;
     std::vector<std::thread> threads_;
     const std::function<void(int64_t)>* work_ = nullptr;
-    std::atomic<int64_t> next_{0};
-    int64_t chunks_ = 0, generation_ = 0, wanted_ = 0, joined_ = 0, running_ = 0;
+    std::atomic<int64_t> next_{0}, generation_{0}, running_{0};
+    int64_t chunks_ = 0, wanted_ = 0, joined_ = 0;
+
+    // Waking a thread takes as long as several small problems: so both sides look for some fifty microseconds before they
+    // sleep. (Longer would take the core from others; `condition` is asked without the lock.)
+    template <class Condition> static void look_for(const Condition& condition) {
+        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+        while (!condition() && std::chrono::steady_clock::now() < until) {
+#if defined(__SSE2__)
+            for (int i = 0; i < 16 && !condition(); i++) _mm_pause();
+#else
+            std::this_thread::yield();
+#endif
+        }
+    }
 
     // Never destroyed: its threads sleep until the process ends. A forked child has none of them and makes its own.
     static Pool* instance() {
@@ -73,8 +90,12 @@ class Pool {
         }
         wake_.notify_all();
         for (int64_t c; (c = next_.fetch_add(1)) < chunks;) work(c);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            wanted_ = 0;  // who has not woken yet need not
+        }
+        look_for([this] { return running_ == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
-        wanted_ = 0;  // who has not woken yet need not
         done_.wait(lock, [this] { return running_ == 0; });
         work_ = nullptr;
     }
@@ -83,6 +104,9 @@ class Pool {
         int64_t seen = 0;
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
+            lock.unlock();
+            look_for([&] { return generation_ != seen; });
+            lock.lock();
             wake_.wait(lock, [&] { return generation_ != seen && joined_ < wanted_; });
             seen = generation_;
             joined_++;

@@ -71,7 +71,7 @@ template <class T> struct Work {
         const Index n = sizes.n, p = sizes.p, m = sizes.m;
         Batch& batch = call.batch;
         const int64_t hessian = sizes.rank < 0 ? DENSE : sizes.rank == 0 ? DIAGONAL : DIAGONAL_PLUS_LOW_RANK;
-        batch = {count, n, p, m, std::max<Index>(sizes.rank, 0), hessian, std::is_same<T, float>::value, {}, {}};
+        batch = {count, n, p, m, std::max<Index>(sizes.rank, 0), hessian, std::is_same<T, float>::value, {}, {}, {}};
         for (int f = 0; f < FIELDS; f++) {
             const bool matrix = f == FIELD_Q || f == FIELD_FACTOR || f == FIELD_A || f == FIELD_G;
             bool is_shared = false;

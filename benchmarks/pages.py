@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-ACCURACY = Path(__file__).resolve().parents[1] / "docs" / "accuracy.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+ACCURACY, SPEED = DOCS / "accuracy.md", DOCS / "speed.md"
+
+
+def show(pictures: Iterable[Path]) -> None:
+    """Put pictures where the pages show them."""
+    (DOCS / "images").mkdir(exist_ok=True)
+    for picture in pictures:
+        shutil.copy(picture, DOCS / "images" / picture.name)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
