@@ -3,7 +3,7 @@
 #   make demo       train a QP layer on mini-Sudoku puzzles, draw what it learned
 #   make test       all tests but the slow ones, with the coverage of diffopt/ (at least 95 %)
 #   make slow       the slow tests
-#   make mutations  plant faults in the core one at a time; each must be caught by a test
+#   make mutations  plant faults in the core one at a time; each must be caught by a test (MUTATIONS="lanes": some)
 #   make sanitize   run the compiled CPU executor under sanitizers, from a C++ program (2 minutes)
 #   make sanitize-suite   its tests from Python, with a library compiled with sanitizers (some minutes)
 #   make transforms write the tables of docs/transforms.md anew, from the cases that the tests run
@@ -89,7 +89,7 @@ slow: $(VENV)/installed-test build/cpu/built
 	$(PYTEST) -m slow
 
 mutations: $(VENV)/installed-test build/cpu/built
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py $(MUTATIONS)
 
 # Memory errors and undefined behaviour, with registers of two widths; data races.
 sanitize:
