@@ -231,6 +231,12 @@ def _others(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
     return others
 
 
+def over_leaves(form: Form, needed: tuple[bool, ...]) -> Form:
+    """Return the form over detached tensors, of which those that are needed require a gradient."""
+    named = zip(form.tensors().items(), needed, strict=True)
+    return form.with_tensors({name: tensor.detach().requires_grad_(need) for (name, tensor), need in named})
+
+
 class Reverse(NamedTuple):
     """The reverse pass of a solution whose outputs and data are kept elsewhere."""
 
@@ -244,11 +250,8 @@ class Reverse(NamedTuple):
         task = self.task
         if task.found.pullback is not None and self.prepared is None:
             return _pull(task, form, point, gradients, needed)
-        leaves = {
-            k: v.detach().requires_grad_(need) for (k, v), need in zip(form.tensors().items(), needed, strict=True)
-        }
         with torch.no_grad():
-            return self.with_graph(form.with_tensors(leaves), point, gradients, needed)
+            return self.with_graph(over_leaves(form, needed), point, gradients, needed)
 
     def with_graph(
         self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]

@@ -134,11 +134,8 @@ class Reverse(NamedTuple):
         self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """See `implicit.Reverse.first_order`."""
-        leaves = {
-            k: v.detach().requires_grad_(need) for (k, v), need in zip(form.tensors().items(), needed, strict=True)
-        }
         with torch.no_grad():
-            return self.with_graph(form.with_tensors(leaves), point, gradients, needed)
+            return self.with_graph(implicit.over_leaves(form, needed), point, gradients, needed)
 
     def with_graph(
         self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
