@@ -281,10 +281,11 @@ DIFFOPT_API int64_t diffopt_certificate(const Call* call, int64_t i, double* tar
 namespace diffopt {
 namespace {
 
+// Instances [first, last), before `next`.
 template <class P, class T> void pull_group(const Call& call, const Places& places, const Gradients& g, Index first, Index last,
-                                            PullbackWork& work) {
+                                            Index next, PullbackWork& work) {
     if (places.small) return pull_lanes<P, T>(call.batch, call.answer, places, g, first, last, work);
-    for (Index i = first; i < last; i++) pull_back<T>(call.batch, call.answer, places, g, i, work);
+    for (Index i = first; i < last; i++) pull_back<T>(call.batch, call.answer, places, g, i, std::min(i + 1, next), work);
 }
 
 }  // namespace
@@ -320,10 +321,10 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
             for (Index i = begin + chunk * per_chunk; i < last;) {
                 const bool lanes = places.grouped(i);
                 const Index next = lanes ? std::min<Index>(i + W, last) : i + 1;
-                if (lanes && batch.single) pull_group<Lanes, float>(*call, places, *gradients, i, next, work);
-                else if (lanes) pull_group<Lanes, double>(*call, places, *gradients, i, next, work);
-                else if (batch.single) pull_group<Alone, float>(*call, places, *gradients, i, next, work);
-                else pull_group<Alone, double>(*call, places, *gradients, i, next, work);
+                if (lanes && batch.single) pull_group<Lanes, float>(*call, places, *gradients, i, next, last - 1, work);
+                else if (lanes) pull_group<Lanes, double>(*call, places, *gradients, i, next, last - 1, work);
+                else if (batch.single) pull_group<Alone, float>(*call, places, *gradients, i, next, last - 1, work);
+                else pull_group<Alone, double>(*call, places, *gradients, i, next, last - 1, work);
                 i = next;
             }
             poor += work.poor;

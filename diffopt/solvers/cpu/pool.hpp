@@ -19,6 +19,9 @@
 namespace diffopt {
 
 class Pool {
+    using Clock = std::chrono::steady_clock;
+    static constexpr int64_t SHORT = 50, LONG = 500;  // microseconds
+
   public:
     // Calls work(chunk) for each chunk, on up to `threads` threads, the caller among them.
     static void run(int64_t chunks, int64_t threads, const std::function<void(int64_t)>& work) {
@@ -40,12 +43,15 @@ class Pool {
     const std::function<void(int64_t)>* work_ = nullptr;
     std::atomic<int64_t> next_{0}, generation_{0}, running_{0};
     int64_t chunks_ = 0, wanted_ = 0, joined_ = 0;
+    Clock::time_point idle_since_ = Clock::now();
+    std::atomic<int64_t> patience_{SHORT};
 
-    // Waking a thread takes as long as several small problems: so both sides look for some fifty microseconds before they
-    // sleep. (Longer would take the core from others; `condition` is asked without the lock.)
-    template <class Condition> static void look_for(const Condition& condition) {
-        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
-        while (!condition() && std::chrono::steady_clock::now() < until) {
+    // Waking a thread takes as long as several small problems: so both sides look for some microseconds before they sleep.
+    // (Longer would take the core from others. `condition` is asked without the lock.) A thread looks for longer only if the
+    // last job came soon after the one before, as in a loop of small batches: whoever calls now and then loses `SHORT`.
+    template <class Condition> static void look_for(const Condition& condition, int64_t microseconds) {
+        const auto until = Clock::now() + std::chrono::microseconds(microseconds);
+        while (!condition() && Clock::now() < until) {
 #if defined(__SSE2__)
             for (int i = 0; i < 16 && !condition(); i++) _mm_pause();
 #else
@@ -81,6 +87,7 @@ class Pool {
             } catch (const std::system_error&) {
                 // No more threads to be had: those that exist, and the caller, do the work.
             }
+            patience_ = Clock::now() - idle_since_ < std::chrono::microseconds(LONG) ? LONG : SHORT;
             work_ = &work;
             chunks_ = chunks;
             next_ = 0;
@@ -94,10 +101,11 @@ class Pool {
             std::lock_guard<std::mutex> lock(mutex_);
             wanted_ = 0;  // who has not woken yet need not
         }
-        look_for([this] { return running_ == 0; });
+        look_for([this] { return running_ == 0; }, SHORT);
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [this] { return running_ == 0; });
         work_ = nullptr;
+        idle_since_ = Clock::now();
     }
 
     void live() {
@@ -105,7 +113,7 @@ class Pool {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
             lock.unlock();
-            look_for([&] { return generation_ != seen; });
+            look_for([&] { return generation_ != seen; }, patience_);
             lock.lock();
             wake_.wait(lock, [&] { return generation_ != seen && joined_ < wanted_; });
             seen = generation_;
