@@ -310,7 +310,8 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
     const double n = static_cast<double>(batch.n), each = (8 * n * n + 4 * n * static_cast<double>(batch.m) + 200) * static_cast<double>(group);
     const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each)) * group;
     const Index chunks = (end - begin + per_chunk - 1) / per_chunk;
-    if (each * static_cast<double>((end - begin) / group) < WORTH_WAKING) threads = 1;
+    // (It waits for memory more than it computes.)
+    if (8 * each * static_cast<double>((end - begin) / group) < WORTH_WAKING) threads = 1;
     std::atomic<int64_t> poor{0};
     std::atomic<bool> failed{false};
     Pool::run(chunks, threads, [&](int64_t chunk) {
