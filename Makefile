@@ -14,7 +14,7 @@
 #   make coverage   make test, then the lines that the measurement leaves out
 #   make cpu        compile the CPU executor into build/cpu/; the targets that solve anything do this first
 #   make bench      time diffopt beside other solvers, in .venv-bench (10 minutes; BENCH_OPTIONS="--quick": 3)
-#   make bench-profile   where the time goes: the CPU executor compiled with counters, phase by phase (3 minutes)
+#   make bench-profile   where the time goes: the CPU executor compiled with counters, phase by phase (4 minutes)
 #   make bench-cuda time the CUDA executor on this machine's device, with a PYTHON that has torch for CUDA and cuda-core
 #   make sanitize-cuda   its tests under compute-sanitizer (memcheck, racecheck, synccheck), likewise, with pytest too
 #   make docs       build the documentation site into site/

@@ -253,6 +253,7 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return results that were measured in parts on one machine: the latest part's, with the cases of all."""
     return parts[-1] | {
         "peak_gflops": max(part["peak_gflops"] for part in parts),
+        "bandwidth": {way: max(part["bandwidth"][way] for part in parts) for way in parts[-1]["bandwidth"]},
         "profiles": [record for part in parts for record in part["profiles"]],
     }
 

@@ -235,7 +235,7 @@ KERNELS = tuple(f"diffopt_{what}_{variant}" for what in ("solve", "pullback") fo
 
 @cache
 def compiled(name: str, dtype: torch.dtype, architecture: str) -> bytes:
-    """Return a kernel's machine code: kept from before, or by NVRTC, which takes seconds. Needs no device."""
+    """Return a kernel's machine code: kept from before, or by NVRTC, which takes many seconds. Needs no device."""
     macros = {
         "DIFFOPT_REAL": "float" if dtype == torch.float32 else "double",
         "DIFFOPT_ONLY": str(1 << KERNELS.index(name)),

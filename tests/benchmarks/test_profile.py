@@ -129,14 +129,14 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[dict[str, Any]] = [
         {
             "when": "now", "machine": {"cpu": "a"}, "variant": "avx2", "load_average": {"before": 0.0, "after": 1.0},
-            "peak_gflops": peak, "bandwidth": {"read": 5.0, "written": 4.0},
+            "peak_gflops": peak, "bandwidth": {"read": 15.0 - peak, "written": 4.0},
             "profiles": [profile._record(made(case, 0.25))],
         }
         for case, peak in zip(cases, (10.0, 9.0), strict=True)
     ]  # fmt: skip
     results = profile.joined(parts)
     text = profile.tell(results, tmp_path / "other.json")
-    assert "The peak is 10 GFLOP/s" in text and "read at 5 GB/s and written at 4 GB/s" in text
+    assert "The peak is 10 GFLOP/s" in text and "read at 6 GB/s and written at 4 GB/s" in text
     assert "| iterations: factorising it | 30.0% | 75 ms | 5e+08 | 6.67 | 66.7% |  |" in text
     assert text.count("writing dQ | 50.0% | 125 ms |") == 2
     assert text in (tmp_path / "other.md").read_text() and (tmp_path / "other.png").stat().st_size > 1000
