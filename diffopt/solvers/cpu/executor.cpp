@@ -59,6 +59,7 @@ template <class T> void fill(void* target, Index from, Index to, Index size) {
 }
 
 void clear_answer(const Batch& batch, const Answer& a, const Places& places, Index from, Index to) {
+    PROFILE(CLEAR, 0);
     auto nan = [&](void* target, Index size) {
         if (batch.single) fill<float>(target, from, to, size);
         else fill<double>(target, from, to, size);
@@ -182,6 +183,7 @@ int64_t solve_rest(const Batch& batch, const Options& options, const Answer& ans
             Whole& mine = whole(batch);
             const Index last = std::min<Index>(count, (chunk + 1) * per_chunk);
             for (Index c = chunk * per_chunk; c < last; c++) {
+                PROFILE(GENERAL, 0);
                 const Index i = rest[static_cast<std::size_t>(c)];
                 mine.run(batch, options, places, i, answer, nullptr);
                 missing += answer.status[i] != SOLVED;
@@ -233,6 +235,7 @@ DIFFOPT_API int64_t diffopt_saved_size(const Call* call, int64_t once) {
 // Solves instances [begin, end). Returns how many are not SOLVED, plus 2^40 (by the dual form), 2^41 (with a diagonal
 // Hessian eliminated first) and 2^42 (n x n) for the ways in which some were; or -1 if memory ran out.
 DIFFOPT_API int64_t diffopt_solve(const Call* call, int64_t begin, int64_t end) {
+    PROFILE(CALL, 0);
     const Batch& batch = call->batch;
     const Options& options = call->options;
     const Answer& answer = call->answer;
@@ -295,6 +298,7 @@ template <class P, class T> void pull_group(const Call& call, const Places& plac
 // to be relied on, or -1 if memory ran out.
 DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradients, int64_t threads, int64_t begin,
                                      int64_t end) {
+    PROFILE(PULL_CALL, 0);
     const Batch& batch = call->batch;
     const Places places = places_of(batch, call->options, begin, end);
     const Index group = places.small ? W : 1;

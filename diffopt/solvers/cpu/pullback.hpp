@@ -169,6 +169,7 @@ template <class T> struct Pull {
         const double numbers = static_cast<double>(batch.count) * static_cast<double>(n) * static_cast<double>(n + p + m);
         work.fit(n);
         double* stage = numbers * sizeof(T) > TOO_LARGE_FOR_CACHES ? work.stage.data() : nullptr;
+        PROFILE(PULL_DQ, 0, sizeof(T) * (dQ ? product(n, n) : 0));
         if (dQ && batch.hessian == DENSE) {
             T *half_q = reinterpret_cast<T*>(work.x.data()), *half_x = reinterpret_cast<T*>(work.y.data());
             for (Index j = 0; j < n; j++) half_q[j] = T(0.5) * dq[j], half_x[j] = T(-0.5) * x[j];
@@ -190,7 +191,9 @@ template <class T> struct Pull {
                     dfactor[j * k + c] = static_cast<T>(static_cast<double>(dq[j]) * by_x + static_cast<double>(x[j]) * by_q);
             }
         }
+        PROFILE_THEN(PULL_DA, 0, sizeof(T) * (dA ? product(p, n) : 0));
         if (dA) outer_difference(dA, p, n, nu, dq, db, x, stage);
+        PROFILE_THEN(PULL_DG, 0, sizeof(T) * (dG ? product(m, n) : 0));
         if (dG) outer_difference(dG, m, n, lam, dq, dh, x, stage);
         if (stage) stream_end();
     }
@@ -201,7 +204,9 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
     const Index n = g.n, p = g.p, m = g.m;
     Saved saved(g.batch, g.answer, g.i);
     saved.open();
+    PROFILE(ADJOINT, 2 * square(n) + 4 * product(n, saved.count) + 2 * square(saved.count), 8.0 * (saved.end() - saved.head));
     saved.fetch();
+    PROFILE_THEN(PULL_IN, 0);
     work.fit(n);
     double *rx = work.x.data(), *ry = work.y.data(), *inv = work.inv.data();
     std::memset(rx, 0, work.x.size() * sizeof(double));
@@ -219,6 +224,7 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
         for (Index j = 0; j < size; j++) inv[j] = 1 / U(j)[j];
         return inv;
     };
+    PROFILE_THEN(ADJOINT, 0);
     solve_transposed<Single>(saved.U, inverse_diagonal(saved.U, n), n, rx);
     const Index packs = saved.ld / W;
     add_transposed<Single>(saved.V, saved.ld, n, rx, 1, ry, 0, packs);
@@ -238,6 +244,7 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
     add_product<Single>(saved.V, saved.ld, n, ry, -1, rx, 0, packs);
     solve<Single>(saved.U, inverse_diagonal(saved.U, n), n, rx);
 
+    PROFILE_THEN(PULL_OUT, 0);
     for (Index j = 0; j < n; j++) g.dq[j] = static_cast<T>(-rx[j] * saved.d[j]);
     for (Index j = 0; j < p; j++) g.db[j] = 0;
     for (Index j = 0; j < saved.count; j++) {
@@ -321,6 +328,7 @@ void pull_back(const Batch& batch, const Answer& answer, const Places& places, c
     } else pull_by_factor(g, work);
     // While matrices are written, the next record comes.
     if (next > i) {
+        PROFILE(ADJOINT, 0);
         Saved saved(batch, answer, next);
         if (*saved.head >= 0) saved.open(), saved.fetch();
     }
@@ -331,6 +339,7 @@ void pull_back(const Batch& batch, const Answer& answer, const Places& places, c
 template <class P, class T>
 void pull_lanes(const Batch& batch, const Answer& answer, const Places& places, const Gradients& gradients, Index first,
                 Index last, PullbackWork& work) {
+    PROFILE(PULL_IN, 0);
     using Vec = typename P::Vec;
     const Small<P> record(batch, answer, first);
     const Index n = record.n, p = record.p, m = record.m, joint = record.joint, S = P::S;
@@ -365,6 +374,7 @@ void pull_lanes(const Batch& batch, const Answer& answer, const Places& places, 
             y[(p + m + j) * S] = from && side != 0 ? side * static_cast<double>(from[j]) : 0.0;
         }
     }
+    PROFILE_THEN(ADJOINT, P::S * (2 * square(n) + 4 * product(n, joint) + 2 * square(joint)), 8.0 * P::S * record.size(batch));
     if (any_here) {
         const Vec cost = P::load(record.cost);
         for (Index j = 0; j < n; j++) P::store(rx + j * S, P::load(rx + j * S) * cost * P::load(record.d + j * S));
@@ -389,6 +399,7 @@ void pull_lanes(const Batch& batch, const Answer& answer, const Places& places, 
             P::store(ry + r * S, P::load(ry + r * S) * unit / cost);
         }
     }
+    PROFILE_THEN(PULL_OUT, 0);
     for (Index i = first; i < last; i++) {
         const Index lane = i - first;
         const Pull<T> g(batch, answer, gradients, i);
