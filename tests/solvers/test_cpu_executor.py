@@ -1092,7 +1092,7 @@ def test_gradients_that_are_written_around_the_caches_have_the_same_bits() -> No
     g = torch.Generator().manual_seed(1)
     U, q, G, incoming = (torch.randn(batch, *s, dtype=f64, generator=g) for s in ((n, n), (n,), (m, n), (n,)))
     data = {"Q": U @ U.mT + torch.eye(n, dtype=f64), "q": q, "G": G, "h": torch.ones(batch, m, dtype=f64)}
-    assert 8 * batch * n * (n + m) > 8e6
+    assert 8 * batch * n * (n + m) > 4e6
 
     def gradients(part: slice) -> list[Tensor]:
         leaves: dict[str, Any] = {name: v[part].clone().requires_grad_() for name, v in data.items()}

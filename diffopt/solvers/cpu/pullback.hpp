@@ -54,7 +54,7 @@ struct PullbackWork {
 };
 
 // Bytes of gradients of matrices above which they are written around the caches.
-constexpr double TOO_LARGE_FOR_CACHES = 8e6;
+constexpr double TOO_LARGE_FOR_CACHES = 4e6;
 
 // target (rows x n) = a_i u' - b_i v'. `stage`, if not null: room for n + LINE numbers, by which it is written around the
 // caches: whole lines of memory at a time, or it would take several times as long.
