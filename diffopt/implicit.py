@@ -484,31 +484,32 @@ def optimal_value(form: Form, point: kkt.Point, values: kkt.Point, status: Tenso
 
 
 def data_gradients(
-    form: QPForm, point: kkt.Point, status: Tensor, vectors: kkt.Sides, needed: tuple[bool, ...]
+    form: QPForm, solved: kkt.Solved, vectors: kkt.Sides, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Return the gradients for those tensors of a form (plain) that need one, from those of q, b, h, lower and upper.
 
     Args:
+        solved: its solution.
         vectors: ``(many, *batch, size)``, of each instance its own.
 
     Returns:
         For each tensor ``(many, *batch, ...)``, of each instance its own, too: `summed` adds up shared ones.
     """
     dq, db, dh, dlower, dupper = vectors
-    names = list(form.tensors())
     count = len(form.Q.tensors())
-    found: dict[str, Tensor | None] = {"q": dq, "b": db, "h": dh, "lower": dlower, "upper": dupper}
-    if not (any(needed[:count]) or needed[names.index("A")] or needed[names.index("G")]):
-        return [found[name] if need else None for name, need in zip(names, needed, strict=True)]
-    # (An instance that failed has zeros here, or NaN if its derivative was asked for.)
-    x, _, nu, lam, *_ = safe_point(point, status)
-    if any(needed[:count]):
-        found |= dict(zip(names, form.Q.pairing_gradient(dq, x), strict=False))
-    if needed[names.index("A")]:
-        found["A"] = _outer(nu, dq) - _outer(db, x)
-    if needed[names.index("G")]:
-        found["G"] = _outer(lam, dq) - _outer(dh, x)
-    return [found[name] if need else None for name, need in zip(names, needed, strict=True)]
+    sides = [v for v, bound in ((dlower, form.lower), (dupper, form.upper)) if bound is not None]
+    found: list[Tensor | None] = [*[None] * count, dq, None, db, None, dh, *sides]
+    at_A, at_G = count + 1, count + 3
+    if any(needed[:count]) or needed[at_A] or needed[at_G]:
+        # (An instance that failed has zeros here, or NaN if its derivative was asked for.)
+        x, _, nu, lam, *_ = safe_point(solved.point, solved.status)
+        if any(needed[:count]):
+            found[:count] = form.Q.pairing_gradient(dq, x)
+        if needed[at_A]:
+            found[at_A] = _outer(nu, dq) - _outer(db, x)
+        if needed[at_G]:
+            found[at_G] = _outer(lam, dq) - _outer(dh, x)
+    return [v if need else None for v, need in zip(found, needed, strict=True)]
 
 
 def summed(gradient: Tensor, lead: torch.Size, keep: int, dims: int) -> Tensor:

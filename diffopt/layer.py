@@ -404,11 +404,13 @@ def _transformed(
         with transforms.outside():
             plain = layers.plain(form)
             first = None if near is None else warm_start.fitted(layers.start(near, form), plain)
-            known = choose(backend, plain).solve(plain, settings, True, first).unpacked()
+            known = choose(backend, plain).solve(plain, settings, True, first)
             if settings.sync and not known.solved:
                 _report(implicit.attach_solved(plain, known, False, rule, weak_tolerance), on_failure)
         if isinstance(form, QPForm) and isinstance(plain, QPForm) and transformed.takes(known, rule):
             return transformed.attach(form, plain, known, layers, weak_tolerance)
+        with transforms.outside():
+            known = known.unpacked()
 
     def prepare(plain: Form) -> implicit.Prepared:
         found = known
