@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import implicit, kkt, transforms
+from diffopt import implicit, kkt, optimal_value, transforms
+from diffopt.active_solve import outer
+from diffopt.gates import moved_like
 from diffopt.packed import Packed
 from diffopt.problems.forms import QPForm
 from diffopt.shapes import matvec, rmatvec
@@ -116,8 +118,8 @@ def attach(
         # (Its tangent is a product with G, as large as all the rest. In an instance that failed x may be NaN, which
         # must not meet a tangent that is zero: hence the step, which has the tangent alone.)
         with transforms.outside():
-            safe = implicit.safe_point(found.point, found.status).x
-        return implicit.moved_like(plain_piece("s"), -form.inequalities(layers.covered(safe) + attached[at]))
+            safe = kkt.safe(found.point, kkt.failed(found.status)).x
+        return moved_like(plain_piece("s"), -form.inequalities(layers.covered(safe) + attached[at]))
 
     def later(name: str) -> tuple[Any, bool]:
         if name == "report":
@@ -128,7 +130,7 @@ def attach(
 
     def value() -> Tensor:
         point, plain_point = kkt.Point(*map(vector, range(6))), kkt.Point(*map(plain_piece, _NAMES))
-        return implicit.optimal_value(form, point, plain_point, plain_piece("status"))
+        return optimal_value.value_through(form, point, plain_point, plain_piece("status"))
 
     return Solution.later(
         later,
@@ -241,9 +243,52 @@ def _pulled(task: _Task, vectors: transforms.Vectors, needed: tuple[bool, ...]) 
     full = task.six(each)
     if vectors.here:
         return list(found.pullback.run(found.point, tuple(None if v is None else v[0] for v in full), needed))
-    own = implicit.data_gradients(plain, found, found.pullback.many(tuple(full), False), needed)
+    own = _data_gradients(plain, found, found.pullback.many(tuple(full), False), needed)
     places = zip(own, form.tensors().values(), form.core_dims(), strict=True)
-    return [None if g is None else implicit.summed(g, t.shape[: t.dim() - core], keep, core) for g, t, core in places]
+    return [None if g is None else _summed(g, t.shape[: t.dim() - core], keep, core) for g, t, core in places]
+
+
+def _data_gradients(
+    form: QPForm, solved: kkt.Solved, vectors: kkt.Sides, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Return the gradients for those tensors of a form (plain) that need one, from those of q, b, h, lower and upper.
+
+    Args:
+        solved: its solution.
+        vectors: ``(many, *batch, size)``, of each instance its own.
+
+    Returns:
+        For each tensor ``(many, *batch, ...)``, of each instance its own, too: `_summed` adds up shared ones.
+    """
+    dq, db, dh, dlower, dupper = vectors
+    count = len(form.Q.tensors())
+    sides = [v for v, bound in ((dlower, form.lower), (dupper, form.upper)) if bound is not None]
+    found: list[Tensor | None] = [*[None] * count, dq, None, db, None, dh, *sides]
+    at_A, at_G = count + 1, count + 3
+    if any(needed[:count]) or needed[at_A] or needed[at_G]:
+        # (An instance that failed has zeros here, or NaN if its derivative was asked for.)
+        x, _, nu, lam, *_ = kkt.safe(solved.point, kkt.failed(solved.status))
+        if any(needed[:count]):
+            found[:count] = form.Q.pairing_gradient(dq, x)
+        if needed[at_A]:
+            found[at_A] = outer(nu, dq) - outer(db, x)
+        if needed[at_G]:
+            found[at_G] = outer(lam, dq) - outer(dh, x)
+    return [v if need else None for v, need in zip(found, needed, strict=True)]
+
+
+def _summed(gradient: Tensor, lead: torch.Size, keep: int, dims: int) -> Tensor:
+    """Return a gradient summed over what a tensor was broadcast along.
+
+    Args:
+        gradient: its first ``keep`` dimensions stay, its last ``dims`` too.
+        lead: the batch dimensions of the tensor, which may be fewer.
+    """
+    if gradient.shape[keep : gradient.dim() - dims] == lead:
+        return gradient
+    first, core = gradient.shape[:keep], gradient.shape[gradient.dim() - dims :]
+    missing = gradient.dim() - keep - dims - len(lead)
+    return gradient.sum_to_size(*first, *[1] * missing, *lead, *core).reshape(*first, *lead, *core)
 
 
 def _pushed(task: _Task, vectors: transforms.Vectors) -> list[Tensor]:
@@ -263,7 +308,7 @@ def _pushed(task: _Task, vectors: transforms.Vectors) -> list[Tensor]:
         return sum(there[1:], there[0]) if there else None
 
     if dA is not None or dG is not None or any(t is not None for t in parts):
-        x, _, nu, lam, *_ = implicit.safe_point(found.point, found.status)
+        x, _, nu, lam, *_ = kkt.safe(found.point, kkt.failed(found.status))
         slope = total(
             slope, form.Q.tangent_matvec(parts, x),
             None if dA is None else rmatvec(dA, nu), None if dG is None else rmatvec(dG, lam),

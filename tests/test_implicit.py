@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import diffopt
-from diffopt import Diagonal, Settings, SolveFailed, Status, implicit
+from diffopt import Diagonal, Settings, SolveFailed, Status, active_system, pulled
 from diffopt.backends.pdipm import PdipmBackend
 from diffopt.check import known
 
@@ -125,8 +125,8 @@ def test_first_derivative_of_the_value_solves_no_system(monkeypatch):
     data = random_qp()
     solution = diffopt.solve_qp(*data, settings=Settings(executor="torch"))
     called = []
-    solve = implicit.solve_minimum_norm
-    monkeypatch.setattr(implicit, "solve_minimum_norm", lambda *a: called.append(1) or solve(*a))
+    solve = active_system.solve_minimum_norm
+    monkeypatch.setattr(active_system, "solve_minimum_norm", lambda *a: called.append(1) or solve(*a))
     slopes = torch.autograd.grad(solution.value.sum(), data, retain_graph=True)
     assert not called and torch.allclose(slopes[3], -solution.nu, atol=1e-10)
     torch.autograd.grad(solution.x.sum(), data)
@@ -151,10 +151,10 @@ def test_vmap_is_one_native_solve_and_its_backward_the_solvers_own(monkeypatch):
     names, data = tuple(problem.arguments()), problem.arguments()
     shared = {name for name in names if data[name].dim() == (2 if name in "QAG" else 1)}
     assert "Q" in shared and "q" not in shared
-    solved, pulled = [], []
-    solve, pull = PdipmBackend.solve, implicit._pulled
+    solved, calls = [], []
+    solve, pull = PdipmBackend.solve, pulled._pulled
     monkeypatch.setattr(PdipmBackend, "solve", lambda self, form, *a: solved.append(form) or solve(self, form, *a))
-    monkeypatch.setattr(implicit, "_pulled", lambda *a: pulled.append(1) or pull(*a))
+    monkeypatch.setattr(pulled, "_pulled", lambda *a: calls.append(1) or pull(*a))
     leaves = [data[name].clone().requires_grad_() for name in names]
     in_dims = tuple(None if name in shared else 0 for name in names)
     mapped = torch.func.vmap(lambda *values: diffopt.solve_qp(**dict(zip(names, values, strict=True))), in_dims)
@@ -165,7 +165,7 @@ def test_vmap_is_one_native_solve_and_its_backward_the_solvers_own(monkeypatch):
         assert torch.equal(getattr(solution, name), getattr(native, name)), name
     assert torch.equal(solution.residuals.primal, native.residuals.primal) and solution.executor == native.executor
     solution.x.sum().backward()
-    assert len(pulled) == 1 and leaves[0].grad is not None and leaves[0].grad.any()
+    assert len(calls) == 1 and leaves[0].grad is not None and leaves[0].grad.any()
 
 
 def test_the_value_has_second_derivatives_where_sides_are_infinite():
