@@ -81,7 +81,7 @@ def unless_changed(form: Form, point: dict[str, Tensor], value: Callable[[], Ten
     """Return ``value``, with an error where data or point were changed in place between now and the call."""
     tensors = form.tensors()
     try:
-        before = [tensor._version for tensor in (*tensors.values(), *point.values())]
+        before = [tensor._version for tensor in tensors.values()] + [tensor._version for tensor in point.values()]
     except RuntimeError:  # tensors of inference mode do not count their changes
         return value
 

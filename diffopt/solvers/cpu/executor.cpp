@@ -281,10 +281,11 @@ DIFFOPT_API int64_t diffopt_certificate(const Call* call, int64_t i, double* tar
 namespace diffopt {
 namespace {
 
+// Instances [first, last), before `next`.
 template <class P, class T> void pull_group(const Call& call, const Places& places, const Gradients& g, Index first, Index last,
-                                            PullbackWork& work) {
+                                            Index next, PullbackWork& work) {
     if (places.small) return pull_lanes<P, T>(call.batch, call.answer, places, g, first, last, work);
-    for (Index i = first; i < last; i++) pull_back<T>(call.batch, call.answer, places, g, i, work);
+    for (Index i = first; i < last; i++) pull_back<T>(call.batch, call.answer, places, g, i, std::min(i + 1, next), work);
 }
 
 }  // namespace
@@ -309,7 +310,8 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
     const double n = static_cast<double>(batch.n), each = (8 * n * n + 4 * n * static_cast<double>(batch.m) + 200) * static_cast<double>(group);
     const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each)) * group;
     const Index chunks = (end - begin + per_chunk - 1) / per_chunk;
-    if (each * static_cast<double>((end - begin) / group) < WORTH_WAKING) threads = 1;
+    // (It waits for memory more than it computes.)
+    if (8 * each * static_cast<double>((end - begin) / group) < WORTH_WAKING) threads = 1;
     std::atomic<int64_t> poor{0};
     std::atomic<bool> failed{false};
     Pool::run(chunks, threads, [&](int64_t chunk) {
@@ -320,10 +322,10 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
             for (Index i = begin + chunk * per_chunk; i < last;) {
                 const bool lanes = places.grouped(i);
                 const Index next = lanes ? std::min<Index>(i + W, last) : i + 1;
-                if (lanes && batch.single) pull_group<Lanes, float>(*call, places, *gradients, i, next, work);
-                else if (lanes) pull_group<Lanes, double>(*call, places, *gradients, i, next, work);
-                else if (batch.single) pull_group<Alone, float>(*call, places, *gradients, i, next, work);
-                else pull_group<Alone, double>(*call, places, *gradients, i, next, work);
+                if (lanes && batch.single) pull_group<Lanes, float>(*call, places, *gradients, i, next, last - 1, work);
+                else if (lanes) pull_group<Lanes, double>(*call, places, *gradients, i, next, last - 1, work);
+                else if (batch.single) pull_group<Alone, float>(*call, places, *gradients, i, next, last - 1, work);
+                else pull_group<Alone, double>(*call, places, *gradients, i, next, last - 1, work);
                 i = next;
             }
             poor += work.poor;

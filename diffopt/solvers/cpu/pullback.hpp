@@ -34,9 +34,11 @@ struct Reassembled {
 
 constexpr double POOR = 1e-6;  // relative residual up to which a derivative's system is solved (diffopt.errors.ADJOINT)
 
+constexpr Index LINE = 8;  // doubles in a line of the caches
+
 // Scratch of a thread.
 struct PullbackWork {
-    std::vector<double> x, y, inv, lanes, inverse;
+    std::vector<double> x, y, inv, lanes, stage, inverse;
     std::unique_ptr<Reassembled> general;
     int64_t poor = 0;  // instances whose system could not be solved, and whose gradient is not to be relied on
     Reassembled& get(const Sizes& sizes) {
@@ -45,28 +47,43 @@ struct PullbackWork {
     }
     void fit(Index n) {
         const std::size_t size = static_cast<std::size_t>(padded<Single>(n) + W);
-        if (x.size() != size) x.assign(size, 0.0), y.assign(size, 0.0), inv.assign(size, 0.0);
+        if (x.size() == size) return;
+        for (std::vector<double>* v : {&x, &y, &inv}) v->assign(size, 0.0);
+        stage.assign(static_cast<std::size_t>(n + LINE), 0.0);
     }
 };
 
 // Bytes of gradients of matrices above which they are written around the caches.
 constexpr double TOO_LARGE_FOR_CACHES = 8e6;
 
-// target (rows x n) = a_i u' - b_i v'
+// target (rows x n) = a_i u' - b_i v'. `stage`, if not null: room for n + LINE numbers, by which it is written around the
+// caches: whole lines of memory at a time, or it would take several times as long.
 template <class T>
-INLINE void outer_difference(T* target, Index rows, Index n, const T* a, const T* u, const T* b, const T* v, bool around) {
-    for (Index i = 0; i < rows; i++) {
-        T* row = target + i * n;
-        Index j = 0;
-        if constexpr (std::is_same_v<T, double>) {
-            if (around) {
-                constexpr std::size_t line = sizeof(Vec);
-                for (; j < n && reinterpret_cast<std::size_t>(row + j) % line; j++) row[j] = a[i] * u[j] - b[i] * v[j];
-                for (; j + W <= n; j += W) stream(row + j, Wide::splat(a[i]) * Wide::load(u + j) - Wide::splat(b[i]) * Wide::load(v + j));
+INLINE void outer_difference(T* target, Index rows, Index n, const T* a, const T* u, const T* b, const T* v, double* stage) {
+    auto write_row = [&](T* row, Index i) {
+        for (Index j = 0; j < n; j++) row[j] = a[i] * u[j] - b[i] * v[j];
+    };
+    if constexpr (std::is_same_v<T, double>) {
+        if (stage) {
+            Index ahead = (LINE - static_cast<Index>(reinterpret_cast<std::size_t>(target) / sizeof(double)) % LINE) % LINE;
+            Index filled = 0;
+            for (Index i = 0; i < rows; i++) {
+                write_row(stage + filled, i);
+                filled += n;
+                Index done = std::min(ahead, filled);
+                std::copy_n(stage, done, target);
+                ahead -= done;
+                for (; done + LINE <= filled; done += LINE)
+                    for (Index j = 0; j < LINE; j += W) stream(target + done + j, Wide::load(stage + done + j));
+                target += done;
+                filled -= done;
+                std::copy_n(stage + done, filled, stage);
             }
+            std::copy_n(stage, filled, target);
+            return;
         }
-        for (; j < n; j++) row[j] = a[i] * u[j] - b[i] * v[j];
     }
+    for (Index i = 0; i < rows; i++) write_row(target + i * n, i);
 }
 
 // The pullback of one instance: what comes in, and where what goes out is written.
@@ -155,12 +172,12 @@ template <class T> struct Pull {
         const T *x = static_cast<const T*>(answer.x) + i * n, *nu = static_cast<const T*>(answer.nu) + i * p,
                 *lam = static_cast<const T*>(answer.lam) + i * m;
         const double numbers = static_cast<double>(batch.count) * static_cast<double>(n) * static_cast<double>(n + p + m);
-        const bool around = numbers * sizeof(T) > TOO_LARGE_FOR_CACHES;
+        work.fit(n);
+        double* stage = numbers * sizeof(T) > TOO_LARGE_FOR_CACHES ? work.stage.data() : nullptr;
         if (dQ && batch.hessian == DENSE) {
-            work.fit(n);
             T *half_q = reinterpret_cast<T*>(work.x.data()), *half_x = reinterpret_cast<T*>(work.y.data());
             for (Index j = 0; j < n; j++) half_q[j] = T(0.5) * dq[j], half_x[j] = T(-0.5) * x[j];
-            outer_difference(dQ, n, n, half_q, x, half_x, dq, around);
+            outer_difference(dQ, n, n, half_q, x, half_x, dq, stage);
         }
         if (dQ && batch.hessian != DENSE)
             for (Index j = 0; j < n; j++) dQ[j] = dq[j] * x[j];
@@ -178,9 +195,9 @@ template <class T> struct Pull {
                     dfactor[j * k + c] = static_cast<T>(static_cast<double>(dq[j]) * by_x + static_cast<double>(x[j]) * by_q);
             }
         }
-        if (dA) outer_difference(dA, p, n, nu, dq, db, x, around);
-        if (dG) outer_difference(dG, m, n, lam, dq, dh, x, around);
-        if (around) stream_end();
+        if (dA) outer_difference(dA, p, n, nu, dq, db, x, stage);
+        if (dG) outer_difference(dG, m, n, lam, dq, dh, x, stage);
+        if (stage) stream_end();
     }
 };
 
@@ -189,8 +206,7 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
     const Index n = g.n, p = g.p, m = g.m;
     Saved saved(g.batch, g.answer, g.i);
     saved.open();
-    // (All of the record at once: the solves ask for one row after the other.)
-    fetch_soon(saved.head, saved.end() - saved.head);
+    saved.fetch();
     work.fit(n);
     double *rx = work.x.data(), *ry = work.y.data(), *inv = work.inv.data();
     std::memset(rx, 0, work.x.size() * sizeof(double));
@@ -296,9 +312,10 @@ template <class T> bool pull_nothing(const Pull<T>& g, double kind) {
     return kind == NO_RECORD || kind == NO_SOLUTION;
 }
 
+// One problem. `next`: the one that comes after it in the same thread, if any, whose record is in one piece too.
 template <class T>
 void pull_back(const Batch& batch, const Answer& answer, const Places& places, const Gradients& gradients, Index i,
-               PullbackWork& work) {
+               Index next, PullbackWork& work) {
     const Pull<T> g(batch, answer, gradients, i);
     const double kind = *places.at(answer, i);
     if (pull_nothing(g, kind)) return;
@@ -307,6 +324,11 @@ void pull_back(const Batch& batch, const Answer& answer, const Places& places, c
         const Sides sides(batch, places.at(answer, i), places.step(i));
         work.poor += !pull_by_sides(g, sides, reassembled<T>(batch, i, sides, work));
     } else pull_by_factor(g, work);
+    // While matrices are written, the next record comes.
+    if (next > i) {
+        Saved saved(batch, answer, next);
+        if (*saved.head >= 0) saved.open(), saved.fetch();
+    }
     g.write_matrices(work);
 }
 
@@ -378,7 +400,7 @@ void pull_lanes(const Batch& batch, const Answer& answer, const Places& places, 
         const double kind = record.kind[lane];
         if (pull_nothing(g, kind)) continue;
         if (kind == ONLY_SIDES) {
-            pull_back<T>(batch, answer, places, gradients, i, work);
+            pull_back<T>(batch, answer, places, gradients, i, i, work);
             continue;
         }
         const double *x = rx + lane, *y = ry + lane, *held = record.held + lane;
