@@ -132,7 +132,7 @@ def sample(peer: Diffopt, inner: int) -> Sample:
 @contextmanager
 def _clocks() -> Iterator[dict[str, float]]:
     """Add up the seconds in autograd's way in, and in our reverse pass, which it calls."""
-    from diffopt import implicit
+    from diffopt import pulled
 
     spent = {"apply": 0.0, "backward": 0.0}
 
@@ -146,9 +146,9 @@ def _clocks() -> Iterator[dict[str, float]]:
         return run
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(implicit, "_apply", timed(implicit._apply, "apply")))
-        backward = staticmethod(timed(implicit._Pulled.backward, "backward"))
-        stack.enter_context(mock.patch.object(implicit._Pulled, "backward", backward))
+        stack.enter_context(mock.patch.object(pulled, "_apply", timed(pulled._apply, "apply")))
+        backward = staticmethod(timed(pulled._Pulled.backward, "backward"))
+        stack.enter_context(mock.patch.object(pulled._Pulled, "backward", backward))
         yield spent
 
 

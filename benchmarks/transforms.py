@@ -17,6 +17,10 @@ from torch import Tensor
 import diffopt
 from benchmarks.timing import duration
 from benchmarks.workload import Case, make
+from diffopt import Settings
+from diffopt.backends.registry import choose
+from diffopt.problems.forms import QPForm
+from diffopt.transforms import OneLevel, apply_at_one_level, at_level
 
 
 def data(case: Case) -> dict[str, Tensor]:
@@ -58,6 +62,38 @@ def mapped(batch: int, size: int, repeats: int) -> None:
     show(f"batch {batch}, n = m = {size}", calls, repeats)
 
 
+class Known(OneLevel):
+    """A function whose value and derivatives are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, found: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.found = found
+        return at_level(value, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        level = torch._C._functorch.maybe_get_level(gradient)  # type: ignore[attr-defined]
+        return None, None, *(torch._C._functorch._add_batch_dim(v, 0, level) for v in ctx.found)  # type: ignore[attr-defined]
+
+
+def of_torch_alone(values: tuple[Tensor, ...], places: tuple[int, ...]) -> Callable[[], object]:
+    """Return a call of ``jacrev`` with these inputs and an output like the first, in which all the work is torch's."""
+    found = [torch.zeros(len(values[0]), len(v), dtype=v.dtype) for v in values]
+    known = torch.func.jacrev(lambda *v: apply_at_one_level(Known, values[0], found, *v), places)
+    return lambda: known(*values)
+
+
+def vectors_alone(one: dict[str, Any]) -> Callable[[], object]:
+    """Return a call of the derivative of x alone, at as many vectors as a Jacobian by ``jacrev`` has."""
+    form = QPForm(**one)
+    found = choose("auto", form).solve(form, Settings(), keep=True)
+    identity = torch.eye(form.n, dtype=form.dtype)
+    pullback = found.pullback
+    assert pullback is not None and pullback.many is not None
+    many = pullback.many
+    return lambda: many((identity, None, None, None, None, None), False)
+
+
 def jacobians(size: int, p: int, repeats: int) -> None:
     one = {name: piece[0] for name, piece in data(Case(1, size, size, p)).items()}
     names = [name for name in ("q", "b", "h") if name in one]
@@ -71,6 +107,8 @@ def jacobians(size: int, p: int, repeats: int) -> None:
     calls: dict[str, Callable[[], object]] = {
         "solve": lambda: x(**one),
         f"jacrev in {', '.join(names)}": lambda: torch.func.jacrev(moved, places)(*values),
+        "of that, torch.func.jacrev itself": of_torch_alone(values, places),
+        "of that, the derivative of x": vectors_alone(one),
         f"jacfwd in {', '.join(names)}": lambda: torch.func.jacfwd(moved, places)(*values),
         "jacrev of 2 q + h, for comparison": lambda: torch.func.jacrev(lambda q, h: 2 * q + h, (0, 1))(
             one["q"], one["h"]

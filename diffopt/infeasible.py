@@ -17,7 +17,7 @@ from diffopt import kkt, transforms
 from diffopt.backends.base import ALMOST
 from diffopt.cones import kinds
 from diffopt.errors import BackendUnsupported, ParameterError, SettingsError, ShapeError
-from diffopt.implicit import gate
+from diffopt.gates import gate
 from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank, SymmetricMatrix
 from diffopt.problems.forms import Form, QPForm, require_tensor
 from diffopt.problems.structure import Declared, declare
@@ -323,7 +323,7 @@ def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
     Second phase. Constraints with y > 0 hold with equality wherever the shifts are least. As inequalities they would
     leave a feasible set without interior, so they are held as equalities. These depend on each other (C'y = 0), but
     their sides d + t are consistent, and stay so when the data moves: so the minimum-norm derivative of these dependent
-    rows (see ``implicit``) is the derivative.
+    rows (see ``optimal_value``) is the derivative.
     """
     # In float64: sides that were rounded to float32 would contradict each other again.
     exact = form.widened()

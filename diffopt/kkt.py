@@ -19,7 +19,7 @@ from diffopt.linalg.scaling import Scaling, equilibrate, regularisation
 from diffopt.packed import Packed
 from diffopt.problems.forms import Derivatives, Form, QPForm
 from diffopt.shapes import matvec, max_abs, rmatvec
-from diffopt.solution import Certificate, Residuals
+from diffopt.solution import Certificate, Residuals, Status
 
 
 class Point(NamedTuple):
@@ -32,6 +32,21 @@ class Point(NamedTuple):
     lam: Tensor
     lam_lower: Tensor
     lam_upper: Tensor
+
+
+def failed(status: Tensor) -> Tensor:
+    """Return which instances have no solution, ``(*batch,)``."""
+    return (status != Status.SOLVED) & (status != Status.ALMOST_SOLVED)
+
+
+def safe(point: Point, failed: Tensor) -> Point:
+    """Return the point with harmless values, all different, in failed instances: NaN times 0 is not 0."""
+
+    def filled(v: Tensor) -> Tensor:
+        filler = torch.linspace(0.7, 1.3, v.shape[-1], dtype=v.dtype, device=v.device)
+        return torch.where(failed.unsqueeze(-1), filler, v)
+
+    return Point(*(filled(v) for v in point))
 
 
 def derivatives(form: Form, x: Tensor, lam: Tensor, nu: Tensor) -> Derivatives:

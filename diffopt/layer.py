@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit, infeasible, operators, relaxed, selected, transformed, transforms, warm_start
+from diffopt import implicit, infeasible, operators, pulled, relaxed, selected, transformed, transforms, warm_start
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose, get
 from diffopt.errors import (
@@ -361,9 +361,7 @@ def _exactly(
     solver = choose(backend, form)
     attached = implicit.needs_graph(form)
     found = solver.solve(form, settings, attached, near)
-    solution = implicit.attach_solved(
-        form, found, attached, settings.kink_rule, settings.weak_tolerance_for(form.dtype)
-    )
+    solution = pulled.attach_solved(form, found, attached, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
     return solution, found.solved
 
 
@@ -404,11 +402,13 @@ def _transformed(
         with transforms.outside():
             plain = layers.plain(form)
             first = None if near is None else warm_start.fitted(layers.start(near, form), plain)
-            known = choose(backend, plain).solve(plain, settings, True, first).unpacked()
+            known = choose(backend, plain).solve(plain, settings, True, first)
             if settings.sync and not known.solved:
-                _report(implicit.attach_solved(plain, known, False, rule, weak_tolerance), on_failure)
+                _report(pulled.attach_solved(plain, known, False, rule, weak_tolerance), on_failure)
         if isinstance(form, QPForm) and isinstance(plain, QPForm) and transformed.takes(known, rule):
             return transformed.attach(form, plain, known, layers, weak_tolerance)
+        with transforms.outside():
+            known = known.unpacked()
 
     def prepare(plain: Form) -> implicit.Prepared:
         found = known

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffopt import implicit, kkt, living, relaxed, transforms, warm_start
+from diffopt import kkt, living, optimal_value, pulled, relaxed, transforms, warm_start
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose
 from diffopt.errors import BackendError, NotDifferentiableError
@@ -125,7 +125,7 @@ def read(text: str) -> Spec:
 # ------------------------------------------------------------------ what a solve leaves behind
 
 
-Reverse = implicit.Reverse | relaxed.Reverse
+Reverse = pulled.Reverse | relaxed.Reverse
 
 
 class _Memory(np.ndarray):
@@ -162,9 +162,9 @@ def _solved(
         found = spec.chosen(form).solve(form, settings, keep, near)
         rule, weak_tolerance = settings.kink_rule, settings.weak_tolerance_for(form.dtype)
         if settings.relaxation is None or not keep:
-            return found, *implicit.apart(form, found, rule, weak_tolerance, keep)
-        counts, _ = implicit.apart(form, found, rule, weak_tolerance, keep=False)
-        exact = implicit.attach_solved(form, found, False, rule, weak_tolerance)
+            return found, *pulled.apart(form, found, rule, weak_tolerance, keep)
+        counts, _ = pulled.apart(form, found, rule, weak_tolerance, keep=False)
+        exact = pulled.attach_solved(form, found, False, rule, weak_tolerance)
         reverse = relaxed.reverse(form, exact, settings, lambda near: spec.chosen(near).solve(near, settings))
     return found, counts, reverse
 
@@ -279,7 +279,7 @@ def value_pullback(
     leaves = [v.detach().requires_grad_(need) for v, need in zip(data, needed, strict=True)]
     plain = kkt.Point(*(v.detach() for v in point))
     with transforms.plain_inside_an_operator():
-        found, _ = implicit.value_gradients(read(spec).form(leaves), plain, status, gradient, create_graph=False)
+        found, _ = optimal_value.value_gradients(read(spec).form(leaves), plain, status, gradient, create_graph=False)
     return [g.contiguous() for g, need in zip(found, needed, strict=True) if need]
 
 
@@ -307,7 +307,7 @@ def _value_backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None], li
             )
         # The second derivative goes through the point as well.
         form = read(ctx.spec).form(data)
-        first, second = implicit.value_gradients(form, kkt.Point(*point), status, gradient, create_graph=True)
+        first, second = optimal_value.value_gradients(form, kkt.Point(*point), status, gradient, create_graph=True)
         return list(first), list(second), None, None
     found = iter(value_pullback(gradient, list(data), point, status, needed, ctx.spec))
     # (The slope of the Lagrangian in the point is zero.)

@@ -49,9 +49,11 @@ class Arrangement:
         return made
 
     def piece(self, rest: Tensor, which: int) -> Tensor:
-        """Return s (0), nu (1), lam (2), lam_lower (3) or lam_upper (4), as a view of `Packed.rest` or its like."""
+        """Return s (0), nu (1), lam (2), lam_lower (3) or lam_upper (4), as a view of `Packed.rest` or its like; other
+        dimensions of that come first."""
         shape = self.shapes[which]
-        return rest.narrow(0, self.begins[which], self.count * shape[-1]).view(shape)
+        piece = rest.narrow(-1, self.begins[which], self.count * shape[-1])
+        return piece.view(shape) if rest.dim() == 1 else piece.view(*rest.shape[:-1], *shape)
 
     def residuals(self, report: Tensor) -> Tensor:
         """Return the residuals ``(3, *batch)``, float64, as a view of `Packed.report`."""

@@ -19,6 +19,7 @@ from diffopt import implicit, kkt, transforms
 from diffopt.backends.base import ALMOST
 from diffopt.cones import kinds
 from diffopt.errors import BackendUnsupported, InaccurateSolutionWarning
+from diffopt.gates import aliases, moved_like
 from diffopt.problems.barrier import BarrierForm, with_ridge
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import Solution, Status
@@ -114,17 +115,14 @@ def _attached(form: Form, problem: Form, solution: Solution, found: Found, setti
         fields["lam_lower"], fields["lam_upper"] = low + near.lam_lower, high + near.lam_upper
     else:
         fields |= {name: getattr(near, name) for name in ("s", "lam", "lam_lower", "lam_upper")}
-    moved = {
-        name: implicit.moved_like(getattr(solution, name).detach(), value.to(form.dtype))
-        for name, value in fields.items()
-    }
+    moved = {name: moved_like(getattr(solution, name).detach(), value.to(form.dtype)) for name, value in fields.items()}
     return replace(
         solution, **moved, gradient=label(settings), gradient_residual=found.residual, _value=lambda: solution.value
     )
 
 
 class Reverse(NamedTuple):
-    """The reverse pass of a solution with relaxed gradients, kept elsewhere, as `implicit.Reverse`."""
+    """The reverse pass of a solution with relaxed gradients, kept elsewhere, as `pulled.Reverse`."""
 
     solution: Solution
     found: Found
@@ -133,17 +131,17 @@ class Reverse(NamedTuple):
     def first_order(
         self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        """See `implicit.Reverse.first_order`."""
+        """See `pulled.Reverse.first_order`."""
         with torch.no_grad():
             return self.with_graph(implicit.over_leaves(form, needed), point, gradients, needed)
 
     def with_graph(
         self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        """See `implicit.Reverse.with_graph`."""
+        """See `pulled.Reverse.with_graph`."""
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            form = form.with_tensors(implicit.aliases(form.tensors()))
+            form = form.with_tensors(aliases(form.tensors()))
             problem, _ = _problem(form, self.solution, self.settings, lambda plain: self.found.prepared.found)
             near = _attached(form, problem, self.solution, self.found, self.settings)
             outputs = (near.x, near.s, near.nu, near.lam, near.lam_lower, near.lam_upper)

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import implicit, kkt, relaxed
+from diffopt import implicit, kkt, optimal_value, relaxed
 from diffopt.cones import kinds
 from diffopt.errors import BackendUnsupported
+from diffopt.gates import gate
 from diffopt.linalg.matrices import Diagonal
 from diffopt.problems.barrier import BarrierForm
 from diffopt.problems.forms import Form, QPForm
@@ -95,13 +96,14 @@ def select(form: QPForm, first: Solution, settings: Settings, solve: Callable[[Q
         more = torch.stack([first.iterations + second.iterations, second.weakly_active, first.dependent])
 
     def merged(new: Tensor, old: Tensor) -> Tensor:
-        return implicit.gate(torch.where(take.unsqueeze(-1), new.to(old.dtype), old), failed)
+        return gate(torch.where(take.unsqueeze(-1), new.to(old.dtype), old), failed)
 
     x, s = merged(x, first.x), merged(s, first.s)
-    nu, lam, lam_lower, lam_upper = (implicit.gate(v, failed) for v in duals)
+    nu, lam, lam_lower, lam_upper = (gate(v, failed) for v in duals)
 
     def value() -> Tensor:
-        return implicit.value(form, kkt.Point(x, s, nu, lam, lam_lower, lam_upper), status)
+        point = kkt.Point(x, s, nu, lam, lam_lower, lam_upper)
+        return optimal_value.value(form, point, status, implicit.needs_graph(form))
 
     return Solution(
         *(x, s, lam, nu, lam_lower, lam_upper),

@@ -22,8 +22,10 @@ from diffopt.problems.forms import Form
 from diffopt.warm_start import Start
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+_private: Any = torch._C
 
 active = modes.transforming
+_GRAD, _JVP, _VMAP = (getattr(_functorch.TransformType, name) for name in ("Grad", "Jvp", "Vmap"))
 
 
 def forward_mode() -> bool:
@@ -86,24 +88,22 @@ class Layers(NamedTuple):
     nothing further outside wants a derivative of what is inside the tensors.
 
     ``mapped``: the levels of the vmaps that map some of the tensors, outermost first; ``level``: that of the
-    derivative; ``forward``: its mode.
+    derivative; ``forward``: its mode; ``inside``: what is inside each of the tensors.
     """
 
     mapped: tuple[int, ...]
     level: int
     forward: bool
+    inside: tuple[_Inside, ...]
 
     def plain(self, form: Form) -> Form:
         """Return the form over what is inside its tensors; mapped dimensions become the first batch dimensions.
         (`outside` of all transforms.)"""
-        inside = {name: _Inside.of(tensor) for name, tensor in form.tensors().items()}
+        names = form.tensors()
         if not self.mapped:
-            return form.with_tensors({name: found.tensor for name, found in inside.items()})
-        batch, cores = len(form.batch_shape), form.core_dims()
-        named = {
-            name: self._plain(found, batch, core) for (name, found), core in zip(inside.items(), cores, strict=True)
-        }
-        return form.rebatched(named)
+            return form.with_tensors({name: found.tensor for name, found in zip(names, self.inside, strict=True)})
+        batch, parts = len(form.batch_shape), zip(names, self.inside, form.core_dims(), strict=True)
+        return form.rebatched({name: self._plain(found, batch, core) for name, found, core in parts})
 
     def start(self, start: Start, form: Form) -> Start:
         """Return a start of the form as `plain` returns the form.
@@ -141,6 +141,8 @@ class _Inside(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Inside:
+        if not _functorch.is_functorch_wrapped_tensor(tensor):
+            return cls(tensor, ())
         dims = []
         while _functorch.is_functorch_wrapped_tensor(tensor):
             if _functorch.is_batchedtensor(tensor):
@@ -166,12 +168,14 @@ class Vectors(NamedTuple):
     """Gradients or tangents on their way past the transforms that `Layers` names.
 
     ``many``: levels of vmaps that map them and not the data, ``sizes`` of these; ``vectors``: plain,
-    ``(many, *batch, ...)``, their batch with the mapped dimensions first; ``None`` where there is none.
+    ``(many, *batch, ...)``, their batch with the mapped dimensions first; ``None`` where there is none; ``here``:
+    whether no vmap has a part in this.
     """
 
     many: tuple[int, ...]
     sizes: tuple[int, ...]
     vectors: tuple[Tensor | None, ...]
+    here: bool
 
     def covered(self, layers: Layers, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         """Return a plain tensor ``(many, mapped dimensions, *shape)`` as the vmaps show it."""
@@ -215,12 +219,12 @@ class outside:  # noqa: N801 (a context, like torch.no_grad)
         self.recorded = torch.is_grad_enabled()
         while _functorch.peek_interpreter_stack() is not None:
             self.layers.append(_functorch.pop_dynamic_layer_stack())
-        torch.set_grad_enabled(False)
+        _private._set_grad_enabled(False)
 
     def __exit__(self, *_: object) -> None:
         while self.layers:
             _functorch.push_dynamic_layer_stack(self.layers.pop())
-        torch.set_grad_enabled(self.recorded)
+        _private._set_grad_enabled(self.recorded)
 
 
 def at_level(tensor: Tensor, level: int) -> Tensor:
@@ -243,14 +247,15 @@ def apply_at_one_level(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
         _functorch.set_single_level_autograd_function_allowed(before)
 
 
-def _kinds() -> list[tuple[Any, int]]:
+def kinds() -> list[tuple[Any, int]]:
+    """Return the kinds and levels of the transforms at work, outermost first."""
     return [(layer.key(), layer.level()) for layer in _functorch.get_interpreter_stack() or ()]
 
 
 @torch.compiler.assume_constant_result
 def vmaps_alone() -> bool:
     """Return whether all transforms that are at work are vmaps; while a graph is traced, too."""
-    return all(key == _functorch.TransformType.Vmap for key, _ in _kinds())
+    return all(key == _VMAP for key, _ in kinds())
 
 
 def _wanted_outside(tensor: Tensor) -> bool:
@@ -261,66 +266,81 @@ def layers_of(tensors: Iterable[Tensor]) -> Layers | None:
     """Return the `Layers` around tensors if that is all there is."""
     if not direct:
         return None
-    kind = _functorch.TransformType
-    *outer, (innermost, level) = _kinds()
-    if innermost not in (kind.Grad, kind.Jvp) or any(key != kind.Vmap for key, _ in outer):
+    *outer, (innermost, level) = kinds()
+    forward = innermost == _JVP
+    if not (forward or innermost == _GRAD) or any([key != _VMAP for key, _ in outer]):
         return None
-    forward = innermost == kind.Jvp
     if forward_mode() != forward:
         return None
     mapped: set[int] = set()
+    found = []
     for tensor in tensors:
         inside = _Inside.of(tensor)
-        tangent = forward_ad.unpack_dual(tensor).tangent if forward and tensor.is_floating_point() else None
-        if _wanted_outside(inside.tensor) or (tangent is not None and _wanted_outside(_Inside.of(tangent).tensor)):
+        if _wanted_outside(inside.tensor):
             return None
-        mapped.update(at for at, _ in inside.dims)
-    return Layers(tuple(sorted(mapped)), level, forward)
+        # (Only what this derivative wraps can have a tangent; looking for one takes long.)
+        if forward and _functorch.is_gradtrackingtensor(tensor) and tensor.is_floating_point():
+            tangent = forward_ad.unpack_dual(tensor).tangent
+            if tangent is not None and _wanted_outside(_Inside.of(tangent).tensor):
+                return None
+        for at, _ in inside.dims:
+            mapped.add(at)
+        found.append(inside)
+    return Layers(tuple(sorted(mapped)), level, forward, tuple(found))
 
 
-def inside_still(layers: Layers) -> bool:
-    """Return whether the derivative of these layers is the innermost transform: its function runs still."""
-    kinds = _kinds()
-    return bool(kinds) and kinds[-1][1] == layers.level and kinds[-1][0] != _functorch.TransformType.Vmap
+def followed(tensor: Tensor, layers: Layers) -> bool:
+    """Return whether the derivative of these layers follows a tensor of theirs."""
+    return _functorch.is_gradtrackingtensor(tensor) if layers.forward else tensor.requires_grad
+
+
+def inside_still(layers: Layers, kinds: Sequence[tuple[Any, int]]) -> bool:
+    """Return whether the derivative of these layers is the innermost of the transforms at work: its function runs
+    still."""
+    return bool(kinds) and kinds[-1][1] == layers.level and kinds[-1][0] != _VMAP
 
 
 def vectors_of(
-    layers: Layers, vectors: Sequence[Tensor | None], batch: torch.Size, cores: Sequence[int]
-) -> Vectors | None:
+    layers: Layers, kinds: Sequence[tuple[Any, int]], vectors: Sequence[Tensor | None], batch: torch.Size,
+    cores: Sequence[int],
+) -> Vectors | None:  # fmt: skip
     """Return plain `Vectors`, or ``None`` if somebody wants a derivative of them, or of what becomes of them.
+    (`outside` of all transforms.)
 
     Args:
+        kinds: of the transforms at work.
         batch: that of the plain form; theirs may broadcast to it.
         cores: how many trailing dimensions of each belong to one instance.
     """
-    kinds = _kinds()
-    if inside_still(layers):
-        kinds.pop()
-    if forward_mode() != layers.forward or any(key != _functorch.TransformType.Vmap for key, _ in kinds):
+    kinds = kinds[:-1] if inside_still(layers, kinds) else kinds
+    if forward_mode() != layers.forward or any([key != _VMAP for key, _ in kinds]):
         return None
-    inside = [None if v is None else _Inside.of(v) for v in vectors]
-    if any(v is not None and _wanted_outside(v.tensor) for v in inside):
-        return None
-    found: dict[int, int] = {}
-    for v in inside:
+    inside: list[_Inside | None] = []
+    seen: set[int] = set()
+    for vector in vectors:
+        v = None if vector is None else _Inside.of(vector)
         if v is not None:
+            if _wanted_outside(v.tensor):
+                return None
             for level, _ in v.dims:
-                found.setdefault(level, 1)
-    many = tuple(level for level in sorted(found) if level not in layers.mapped)
+                seen.add(level)
+        inside.append(v)
+    many = tuple(sorted(seen.difference(layers.mapped)))
     levels = (*many, *layers.mapped)
-    with outside():
-        first = [None if v is None else v.with_first(levels) for v in inside]
-        sizes = tuple(max((v.shape[i] for v in first if v is not None), default=1) for i in range(len(many)))
-        count, number = len(many), math.prod(sizes)
+    first = [None if v is None else v.with_first(levels) for v in inside]
+    sizes = tuple([max([v.shape[i] for v in first if v is not None], default=1) for i in range(len(many))])
+    count, number = len(many), math.prod(sizes)
 
-        def together(v: Tensor, core: int) -> Tensor:
-            own, shape = v.dim() - len(levels) - core, v.shape[count:]
-            missing = [1] * (len(batch) - len(layers.mapped) - own)
-            whole = torch.Size((number, *shape[: len(layers.mapped)], *missing, *shape[len(layers.mapped) :]))
-            return v if v.shape == whole else v.expand(*sizes, *shape).reshape(whole)
+    def together(v: Tensor, core: int) -> Tensor:
+        if len(levels) == count == 1 and v.dim() == 1 + len(batch) + core:
+            return v  # (as most are)
+        own, shape = v.dim() - len(levels) - core, v.shape[count:]
+        missing = [1] * (len(batch) - len(layers.mapped) - own)
+        whole = torch.Size((number, *shape[: len(layers.mapped)], *missing, *shape[len(layers.mapped) :]))
+        return v if v.shape == whole else v.expand(*sizes, *shape).reshape(whole)
 
-        plain = tuple(None if v is None else together(v, core) for v, core in zip(first, cores, strict=True))
-    return Vectors(many, sizes, plain)
+    plain = tuple([None if v is None else together(v, core) for v, core in zip(first, cores, strict=True)])
+    return Vectors(many, sizes, plain, not levels)
 
 
 class Call(NamedTuple):
@@ -412,7 +432,6 @@ def seen_by_other_forward_modes() -> Any:
     return forward_ad._set_fwd_grad_enabled(True)
 
 
-_private: Any = torch._C
 _KEYS = _private._dispatch_tls_local_include_set(), _private._dispatch_tls_local_exclude_set()
 
 

@@ -10,20 +10,27 @@ import diffopt
 ROOT = Path(diffopt.__file__).parent
 GROUND = {"errors", "living", "shapes", "precision", "modes", "packed", "solution", "cones", "linalg", "waiting"}
 GROUND |= {"warm_start", "_version"}
+GRADIENTS = {"gates", "active_system", "active_solve", "optimal_value"}
 ALLOWED = {
     "problems": GROUND | {"problems"},
     "solvers": GROUND | {"solvers"},
     "kkt": GROUND | {"problems"},
     "backends": GROUND | {"problems", "solvers", "kkt", "backends"},
     "transforms": GROUND | {"problems"},
-    "implicit": GROUND | {"problems", "kkt", "transforms"},
-    "transformed": GROUND | {"problems", "kkt", "transforms", "implicit"},
-    "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit"},
-    "infeasible": GROUND | {"problems", "kkt", "backends", "transforms", "implicit"},
-    "selected": GROUND | {"problems", "solvers", "kkt", "implicit", "relaxed"},
-    "operators": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "implicit", "relaxed"},
+    "gates": GROUND | {"transforms"},
+    "active_system": GROUND | {"kkt"},
+    "active_solve": GROUND | {"kkt", "transforms", "active_system"},
+    "optimal_value": GROUND | {"problems", "kkt", "gates"},
+    "implicit": GROUND | {"problems", "kkt", "transforms"} | GRADIENTS,
+    "pulled": GROUND | {"problems", "kkt", "transforms", "implicit"} | GRADIENTS,
+    "transformed": GROUND | {"problems", "kkt", "transforms", "implicit"} | GRADIENTS,
+    "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "gates", "implicit"},
+    "infeasible": GROUND | {"problems", "kkt", "backends", "transforms", "gates"},
+    "selected": GROUND | {"problems", "solvers", "kkt", "gates", "optimal_value", "implicit", "relaxed"},
+    "operators": GROUND
+    | {"problems", "solvers", "kkt", "backends", "transforms", "optimal_value", "pulled", "relaxed"},
     "layer": GROUND
-    | {"problems", "solvers", "backends", "transforms", "implicit", "transformed", "infeasible", "relaxed"}
+    | {"problems", "solvers", "backends", "transforms", "implicit", "pulled", "transformed", "infeasible", "relaxed"}
     | {"selected", "operators"},
     "check": GROUND
     | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "selected", "layer", "check"},

@@ -247,6 +247,53 @@ def test_each_of_many_vectors_is_what_it_is_alone(size):
     assert all(v[[i for i in range(50) if i not in (3, 5)]].isfinite().all() for v in many)
 
 
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("linear", "repeated row")])
+def test_columns_of_the_inverse(case, forward):
+    form = QPForm(**CASES[case]())
+    found = choose("pdipm", form).solve(form, Settings(), keep=True)
+    assert found.pullback is not None and found.pullback.many is not None
+    sizes = [form.n, 0 if forward else form.m, form.p, form.m, form.n, form.n]
+    total = sum(sizes)
+    units = torch.eye(total, dtype=f64)
+    # An orthogonal matrix of them has no zeros, so that one is a solve for each row.
+    mixed = torch.linalg.qr(torch.randn(total, total, generator=torch.Generator().manual_seed(1), dtype=f64))[0]
+
+    def many(rows):
+        pieces = [piece if piece.shape[1] else None for piece in rows.split(sizes, 1)]
+        if form.lower is None:
+            pieces[4:] = [None, None]
+        return [v for v in found.pullback.many(tuple(pieces), forward) if v is not None and v.numel()]
+
+    # (A vector for s goes with its like; each of the others alone, and a zero beside it.)
+    others = [i for i in range(total) if not form.n <= i < form.n + sizes[1]]
+    inverse = many(torch.cat([units[others], torch.zeros(1, total, dtype=f64)]))
+    expected = [mixed.mT @ v for v in many(mixed)]
+    assert_same([v[:-1] for v in inverse], [v[others] for v in expected], tolerance=1e-9)
+    assert any(bool(v.any()) for v in inverse) and not any(v[-1].any() for v in inverse)
+    assert_same(many(units), expected, tolerance=1e-9)
+
+
+def test_what_is_made_when_it_is_asked_for():
+    data = ordinary(7, 1, 3)
+    plain = diffopt.solve_qp(**data)
+    seen = {}
+
+    def function(q):
+        solution = diffopt.solve_qp(**data | {"q": q})
+        seen.update(status=solution.status, report=solution.report, iterations=int(solution.iterations))
+        return torch.cat([solution.s, solution.lam_upper]), solution
+
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        jacobian, solution = transform(function, has_aux=True)(data["q"])
+        assert jacobian.any()
+        if transform is torch.func.jacrev:
+            for name in ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "value", "status"):
+                assert torch.equal(getattr(solution, name), getattr(plain, name))
+        assert not any(map(transforms.wrapped, (seen["status"], *seen["report"])))
+        assert seen["iterations"] == plain.iterations
+
+
 # ------------------------------------------------------------------ where a derivative of the derivative is wanted
 
 

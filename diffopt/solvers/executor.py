@@ -137,8 +137,8 @@ class Executor(ABC):
         Args:
             saved: as in `pullback`.
             vectors: as ``gradients`` of `pullback`, each ``(many, *batch, size)``. ``forward``: tangents of the
-                optimality conditions instead, in this order: of Qx + q + A'nu + G'lam, negated; none; of b - Ax, of
-                h - Gx, of lower, of upper.
+                optimality conditions instead, in this order: of Qx + q + A'nu + G'lam; none; of b - Ax, of h - Gx, of
+                lower, of upper.
 
         Returns:
             The gradients of q, b, h, lower and upper, each ``(many, *batch, size)`` and summed over nothing; those of

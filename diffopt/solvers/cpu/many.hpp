@@ -1,11 +1,12 @@
 // The derivative of a solution on many vectors at once: Jacobians, transposed (as pullback.hpp, without the gradients of
-// matrices) or forward. A factor is read once, and its solves are products of matrices.
+// matrices) or forward. A factor is read once, and its solves are products of matrices; or K is inverted (inverse.hpp),
+// where all vectors are columns of an identity, as they are for a Jacobian.
 //
 // Forward, the vectors that come in are tangents of the conditions of optimality, K y = right: those of the gradient in
 // place of x, of the sides b and h in place of nu and lam, of the bounds in place of their multipliers. What goes out are
 // tangents of x, nu, lam and the bounds' multipliers, in place of dq, db, dh, dlower and dupper.
 #pragma once
-#include "pullback.hpp"
+#include "inverse.hpp"
 
 namespace diffopt {
 
@@ -78,71 +79,6 @@ template <int C> void panel_solve(const PackedRows& U, const double* inv, Index 
     });
 }
 
-// The factor of an active set, in one piece: as `Saved` keeps it, or gathered from a lane of `Small`.
-class HeldFactor {
-  public:
-    Index n, p, m, count, ldv;
-    double cost;
-    std::vector<double> d, eq, rows;
-    std::vector<Index> place;    // of each held row in [A; G; I]
-    std::vector<double> stands;  // of a held bound: AT_LOWER or AT_UPPER
-    PackedRows U, M;
-    const double* V;
-    std::vector<double> inv_u, inv_m;
-
-    HeldFactor(const Batch& batch, const Answer& answer, const Places& places, Index i) : n(batch.n), p(batch.p), m(batch.m) {
-        if (!places.small) take(Saved(batch, answer, i));
-        else if (places.grouped(i)) gather(Small<Lanes>(batch, answer, places.first(i)), i - places.first(i), W);
-        else gather(Small<Alone>(batch, answer, i), 0, 1);
-        for (Index j = 0; j < n; j++) inv_u.push_back(1 / U(j)[j]);
-        for (Index j = 0; j < count; j++) inv_m.push_back(1 / M(j)[j]);
-    }
-
-  private:
-    std::vector<double> own_;
-
-    void hold(Index at, bool lower) {
-        place.push_back(at);
-        stands.push_back(lower ? AT_LOWER : AT_UPPER);
-    }
-    void take(Saved saved) {
-        saved.open();
-        count = saved.count, cost = saved.cost(), ldv = saved.ld;
-        d.assign(saved.d, saved.d + n), eq.assign(saved.eq, saved.eq + p), rows.assign(saved.rows, saved.rows + m);
-        for (Index j = 0; j < count; j++) {
-            const double held = saved.held[j];
-            hold(static_cast<Index>(held < 0 ? -1 - held : held), held < 0);
-        }
-        U = saved.U, M = saved.M, V = saved.V;
-    }
-    // From numbers S apart. (Rows that are not held stand apart from the others in M.)
-    template <class Record> void gather(const Record& record, Index lane, Index S) {
-        auto vector = [&](std::vector<double>& to, const double* from, Index size) {
-            for (Index j = 0; j < size; j++) to.push_back(from[j * S + lane]);
-        };
-        vector(d, record.d, n), vector(eq, record.eq, p), vector(rows, record.rows, m);
-        cost = record.cost[lane];
-        for (Index r = 0; r < record.joint; r++)
-            if (const double held = record.held[r * S + lane]; held != 0) hold(r, held < 0);
-        count = static_cast<Index>(place.size());
-        const Index ldu = padded<Single>(n), size_u = PackedRows::size(n, ldu);
-        ldv = padded<Single>(count);
-        own_.assign(static_cast<std::size_t>(size_u + n * ldv + PackedRows::size(count, ldv)), 0.0);
-        U = {own_.data(), ldu}, M = {own_.data() + size_u + n * ldv, ldv};
-        double* v = own_.data() + size_u;
-        V = v;
-        for (Index r = 0; r < n; r++) {
-            for (Index c = r; c < n; c++) U(r)[c] = record.U[(r * n + c) * S + lane];
-            for (Index c = 0; c < count; c++) v[r * ldv + c] = record.V[(r * record.joint + place[static_cast<std::size_t>(c)]) * S + lane];
-        }
-        for (Index r = 0; r < count; r++)
-            for (Index c = r; c < count; c++) {
-                const Index from = place[static_cast<std::size_t>(r)] * record.joint + place[static_cast<std::size_t>(c)];
-                M(r)[c] = record.M[from * S + lane];
-            }
-    }
-};
-
 constexpr Index WIDEST = 3;  // packs of a panel
 
 // The right-hand sides `g[0], ...`, at most C * W of them; rx and ry are panels of n and of all held rows.
@@ -168,16 +104,10 @@ template <int C, class T> void many_by_factor(const HeldFactor& f, const Pull<T>
         }
         start = std::min(start, first);
         for (Index j = first; j < n; j++) {
-            const double own = v.gx ? static_cast<double>(v.gx[j]) : 0.0;
-            rx[j * ld + k] = (rx[j * ld + k] + own) * (f.cost * f.d[static_cast<std::size_t>(j)]);
+            rx[j * ld + k] = (rx[j * ld + k] + v.x_in(j)) * (f.cost * f.d[static_cast<std::size_t>(j)]);
         }
         for (Index j = 0; j < f.count; j++) {
-            const Index at = f.place[static_cast<std::size_t>(j)];
-            double right = 0;
-            if (at < p) right = v.gnu ? f.eq[static_cast<std::size_t>(at)] * static_cast<double>(v.gnu[at]) : 0.0;
-            else if (at < p + m) right = v.glam ? f.rows[static_cast<std::size_t>(at - p)] * static_cast<double>(v.glam[at - p]) : 0.0;
-            else right = v.bound_in(at - p - m, f.stands[static_cast<std::size_t>(j)]) / f.d[static_cast<std::size_t>(at - p - m)];
-            ry[j * ld + k] = -right;
+            ry[j * ld + k] = -f.right(v, j);
         }
     }
     panel_solve_transposed<C>(f.U, f.inv_u.data(), n, rx, start);
@@ -204,13 +134,7 @@ template <int C, class T> void many_by_factor(const HeldFactor& f, const Pull<T>
         const Pull<T>& v = g[k];
         const double sign = v.forward ? 1 : -1;
         for (Index j = 0; j < n; j++) v.dq[j] = static_cast<T>(sign * rx[j * ld + k] * f.d[static_cast<std::size_t>(j)]);
-        for (Index j = 0; j < f.count; j++) {
-            const Index at = f.place[static_cast<std::size_t>(j)];
-            const double y = ry[j * ld + k] * per_cost;
-            if (at < p) v.db[at] = static_cast<T>(y * f.eq[static_cast<std::size_t>(at)]);
-            else if (at < p + m) v.dh[at - p] = static_cast<T>(y * f.rows[static_cast<std::size_t>(at - p)]);
-            else v.bound_out(at - p - m, f.stands[static_cast<std::size_t>(j)], y / f.d[static_cast<std::size_t>(at - p - m)]);
-        }
+        for (Index j = 0; j < f.count; j++) f.pass(v, j, ry[j * ld + k] * per_cost);
     }
 }
 
@@ -219,10 +143,31 @@ template <class T>
 void pull_many(const Batch& batch, const Answer& answer, const Places& places, const Gradients& gradients, const Many& many,
                Index i, Index from, Index to, PullbackWork& work) {
     const double kind = *places.at(answer, i);
-    std::vector<Pull<T>> asked;
-    for (Index k = from; k < to; k++) {
+    auto vector = [&](Index k) {
         Pull<T> g(batch, answer, gradients, i, many.at(k, i));
         g.forward = many.forward != 0;
+        return g;
+    };
+    // (Which way is taken must not depend on how the vectors are shared out: all are looked at, and all go one way.)
+    if (kind >= 0) {
+        std::vector<Entry> entries;
+        for (Index k = 0; k < many.count; k++) {
+            entries.push_back(only_entry(vector(k)));
+            if (entries.back().kind == Entry::SEVERAL) break;
+        }
+        if (!entries.empty() && entries.back().kind != Entry::SEVERAL) {
+            const HeldFactor factor(batch, answer, places, i);
+            if (worth_inverting(factor, many.count)) {
+                if (from > 0) return;
+                const Inverse inverse(factor, entries, work.inverse);
+                for (Index k = 0; k < many.count; k++) inverse.write(vector(k), entries[static_cast<std::size_t>(k)]);
+                return;
+            }
+        }
+    }
+    std::vector<Pull<T>> asked;
+    for (Index k = from; k < to; k++) {
+        const Pull<T> g = vector(k);
         if (pull_nothing(g, kind)) continue;
         if (g.asked()) asked.push_back(g);
         else g.fill_all(T(0));

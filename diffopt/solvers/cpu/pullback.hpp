@@ -38,7 +38,7 @@ constexpr Index LINE = 8;  // doubles in a line of the caches
 
 // Scratch of a thread.
 struct PullbackWork {
-    std::vector<double> x, y, inv, lanes, stage;
+    std::vector<double> x, y, inv, lanes, stage, inverse;
     std::unique_ptr<Reassembled> general;
     int64_t poor = 0;  // instances whose system could not be solved, and whose gradient is not to be relied on
     Reassembled& get(const Sizes& sizes) {
@@ -126,6 +126,11 @@ template <class T> struct Pull {
     void clear_vectors() const {
         auto zero = [](T* v, Index size) { if (v) std::fill_n(v, size, T(0)); };
         zero(db, p), zero(dh, m), zero(dlower, n), zero(dupper, n);
+    }
+    // What variable j brings to the right-hand side. (Forward it is the tangent of the gradient, which is to stay zero.)
+    double x_in(Index j) const {
+        const double value = gx ? static_cast<double>(gx[j]) : 0.0;
+        return forward ? -value : value;
     }
     // The slack of rows that are not active, h - Gx, passes its gradient to dh and, through x, to `rx`. On entry dh
     // holds 1 in the active rows.
@@ -285,7 +290,7 @@ template <class T> bool pull_by_sides(const Pull<T>& g, const Sides& sides, Reas
     Saddle& saddle = again.saddle;
     double *right = again.right, *u = again.u;
     std::fill_n(right, saddle.size, 0.0);
-    for (Index j = 0; j < n; j++) right[j] = g.gx ? static_cast<double>(g.gx[j]) : 0.0;
+    for (Index j = 0; j < n; j++) right[j] = g.x_in(j);
     // (Active rows have no slack to move, unless they depend on each other: then not all of them can be held.)
     const bool dependent = saddle.dependent() > 0;
     for (Index r = 0; r < m; r++) g.dh[r] = static_cast<T>(dependent ? 0.0 : sides.row[r]);

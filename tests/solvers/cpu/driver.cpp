@@ -254,6 +254,32 @@ template <class T> struct Work {
         if (diffopt_many(&call, &g, &many, threads, 0, count) != 0) fail("a derivative failed", 0);
     }
 
+    // The Jacobian of x, by unit vectors: the gradient of any function is a sum of its rows.
+    void pull_columns(int64_t threads) const {
+        const Index n = sizes.n, number = n + 1;
+        std::vector<T> units(gx.size() * std::size_t(number)), rows(units.size()), alone(gx.size());
+        std::vector<T> to_b(db.size() * std::size_t(number)), to_h(dh.size() * std::size_t(number));
+        for (Index k = 0; k < n; k++)
+            for (Index i = 0; i < count; i++) units[std::size_t((k * count + i) * n + k)] = 1;
+        Gradients g{units.data(), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, rows.data(), nullptr,
+                    to_b.data(), nullptr, to_h.data(), nullptr, nullptr, nullptr};
+        Many many{number, count, 1, 0};
+        if (diffopt_many(&call, &g, &many, threads, 0, count) != 0) fail("a Jacobian failed", 0);
+        g.x = gx.data(), g.dq = alone.data(), many.count = 1;
+        if (diffopt_many(&call, &g, &many, threads, 0, count) != 0) fail("a gradient failed", 0);
+        for (Index i = 0; i < count; i++)
+            for (Index j = 0; j < n; j++) {
+                double sum = 0, size = 0;
+                for (Index k = 0; k < n; k++) {
+                    const double term = double(gx[std::size_t(i * n + k)]) * double(rows[std::size_t((k * count + i) * n + j)]);
+                    sum += term, size += std::fabs(term);
+                }
+                const double wanted = double(alone[std::size_t(i * n + j)]);
+                if (std::isnan(wanted) ? !std::isnan(sum) : std::fabs(sum - wanted) > (sizeof(T) == 8 ? 1e-9 : 1e-3) * (1 + size))
+                    return fail("a gradient is not the sum of a Jacobian's rows", i);
+            }
+    }
+
     void fail(const char* what, Index i) const {
         if (errors++ < 20)
             std::fprintf(stderr, "%s: %s, instance %d of %d, %s, fault %d, status %d\n", what, sizes.text().c_str(),
@@ -413,6 +439,7 @@ template <class T> void all_kinds(Kind sizes, const std::vector<Index>& counts, 
             work.check();
             work.pull_back(1, true);
             work.pull_many(3);
+            work.pull_columns(2);
             work.check_gradients(seed);
             // Without gradients, in two parts, on several threads: the same bits.
             Work<T> again(sizes, count, sharing, count > 1, seed - 1);
