@@ -101,9 +101,10 @@ def test_a_contradiction_of_rounding_errors_is_none(executor: Any, ulps: int) ->
         assert int(solution.status) == Status.DUAL_INFEASIBLE
 
 
-def test_compiled_code_goes_on_until_it_knows_which_rows_are_active() -> None:
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_goes_on_until_it_knows_which_rows_are_active(executor: Any) -> None:
     """Where small multipliers meet small slacks, a residual of 1e-9 does not tell."""
-    verdict = verdicts(named("pairs of rows 1e-6 apart"), "cpu")
+    verdict = verdicts(named("pairs of rows 1e-6 apart"), executor)
     assert verdict.error.max() <= 1e-11, verdict
 
 
