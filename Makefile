@@ -14,6 +14,7 @@
 #   make coverage   make test, then the lines that the measurement leaves out
 #   make cpu        compile the CPU executor into build/cpu/; the targets that solve anything do this first
 #   make bench      time diffopt beside other solvers, in .venv-bench (10 minutes; BENCH_OPTIONS="--quick": 3)
+#   make bench-profile   where the time goes: the CPU executor compiled with counters, phase by phase (4 minutes)
 #   make bench-cuda time the CUDA executor on this machine's device, with a PYTHON that has torch for CUDA and cuda-core
 #   make sanitize-cuda   its tests under compute-sanitizer (memcheck, racecheck, synccheck), likewise, with pytest too
 #   make docs       build the documentation site into site/
@@ -35,7 +36,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq -
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu demo test slow mutations sanitize sanitize-suite transforms accuracy hard maros lint format coverage bench bench-scaling bench-cuda sanitize-cuda docs clean
+.PHONY: help cpu demo test slow mutations sanitize sanitize-suite transforms accuracy hard maros lint format coverage bench bench-scaling bench-profile bench-cuda sanitize-cuda docs clean
 .NOTPARALLEL:
 
 help:
@@ -146,6 +147,9 @@ bench: .venv-bench/installed build/cpu/built
 
 bench-scaling: .venv-bench/installed build/cpu/built
 	.venv-bench/bin/python -m benchmarks.scaling $(BENCH_OPTIONS)
+
+bench-profile: .venv-bench/installed build/cpu/built
+	CXX="$(CXX)" .venv-bench/bin/python -m benchmarks.profile $(BENCH_OPTIONS)
 
 # On machines with a device the Python that has torch for it is no environment of ours: $(PYTHON) itself serves.
 bench-cuda:

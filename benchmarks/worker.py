@@ -11,10 +11,12 @@ import multiprocessing
 import os
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from types import MappingProxyType
 from typing import Any
 
-from benchmarks import timing, workload
+from benchmarks import profile, timing, workload
 from benchmarks.accuracy import Answer
 from benchmarks.peers import PEERS
 from benchmarks.workload import Array, Case
@@ -34,10 +36,12 @@ class PeerFailed(Exception):
 
 
 class Worker:
-    """The parent's end: a process in which one peer runs with a number of threads."""
+    """The parent's end: a process in which one peer runs with a number of threads, and with more in its environment."""
 
-    def __init__(self, peer: str, threads: int, limit: float = 120.0) -> None:
-        self.peer, self.threads, self.limit = peer, threads, limit
+    def __init__(
+        self, peer: str, threads: int, limit: float = 120.0, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.peer, self.threads, self.limit, self.environment = peer, threads, limit, environment
         self._process: Any = None
         self._connection: Any = None
         self._pending = False
@@ -67,6 +71,14 @@ class Worker:
         """Return the GFLOP/s of a large matrix product in torch."""
         return self._ask("peak")
 
+    def bandwidth(self) -> dict[str, float]:
+        """Return the GB/s at which torch reads and writes much more than the caches hold."""
+        return self._ask("bandwidth")
+
+    def sample(self, inner: int) -> profile.Sample:
+        """Return where the time of ``inner`` solves and reverse passes of ours went."""
+        return self._ask("sample", inner)
+
     def memory(self, case: Case, mode: str) -> tuple[int, int]:
         """Return the bytes of a case's data, and by how many bytes solving it raised the most resident memory."""
         return self._ask("memory", case, mode)
@@ -85,6 +97,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         environment = dict.fromkeys(THREAD_VARIABLES, str(self.threads)) | {"OMP_WAIT_POLICY": "passive"}
+        environment |= self.environment
         kept = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
         self._process = context.Process(target=_serve, args=(other, self.peer, self.threads), daemon=True)
@@ -163,6 +176,10 @@ def _answer(peer: Any, question: str, arguments: list[Any]) -> Any:
             return peer.gradients(getattr(peer, MODES[mode])())
         case "peak", []:
             return _peak(peer.threads)
+        case "bandwidth", []:
+            return _bandwidth()
+        case "sample", [inner]:
+            return profile.sample(peer, inner)
         case "memory", [case, mode]:
             return _memory(peer, case, mode)
     raise ValueError(f"unknown question {question}")
@@ -176,6 +193,17 @@ def _peak(threads: int, n: int = 1500, repeats: int = 8) -> float:
     C = torch.mm(A, B)
     best = min(timing.duration(lambda: torch.mm(A, B, out=C), 1) for _ in range(repeats))
     return 2 * n**3 / best / 1e9
+
+
+def _bandwidth(numbers: int = 2**25, repeats: int = 4) -> dict[str, float]:
+    import torch
+
+    torch.set_num_threads(1)
+    many = torch.zeros(numbers, dtype=torch.float64)
+    ways: dict[str, Callable[[], object]] = {"read": many.sum, "written": lambda: many.fill_(1.0)}
+    return {
+        name: 8 * numbers / min(timing.duration(way, 1) for _ in range(repeats)) / 1e9 for name, way in ways.items()
+    }
 
 
 def _memory(peer: Any, case: Case, mode: str) -> tuple[int, int]:

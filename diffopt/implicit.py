@@ -13,6 +13,7 @@ order 2^k - 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -213,7 +214,7 @@ def attach_solved(form: Form, found: kkt.Solved, attached: bool, kink_rule: str,
         certificate=found.certificate,
         backend=found.backend,
         executor=found.executor,
-        _value=_unless_changed(form, {"x": tied.x, "s, nu or lam": tied.rest}, value),
+        _value=_unless_changed(form, {"x": tied.x, "s, nu or lam": tied.rest} if attached else {"x": tied.x}, value),
         _hessian=form.Q if isinstance(form, QPForm) else None,
         _adjoint=adjoint,
     )
@@ -257,8 +258,7 @@ class Reverse(NamedTuple):
         self, form: Form, point: kkt.Point, gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """Return the same for attached tensors of a form, itself attached where gradients are recorded."""
-        places = tuple(i for i, need in enumerate(needed) if need)
-        task = self.task._replace(inputs=places)
+        task = self.task._replace(tracked=needed, inputs=places(needed))
         found = iter(_differentiated(task, form, point, gradients, self.prepared))
         return tuple(next(found) if need else None for need in needed)
 
@@ -273,7 +273,7 @@ def apart(
         found: its solution; it may keep the memory of the outputs, not the outputs.
     """
     found = found.unpacked().replace(point=kkt.Point(*(v.detach() for v in found.point)), packed=None)
-    task = _Task(form, found, (), [], kink_rule, weak_tolerance)
+    task = _Task(form, found, (), (), [], kink_rule, weak_tolerance)
     counts = found.counts
     if counts is None or (keep and (found.pullback is None or kink_rule != "inactive")):
         prepared = prepare(form, found, kink_rule, weak_tolerance)
@@ -308,10 +308,11 @@ def value_gradients(
 
 class _Task(NamedTuple):
     """What a reverse pass needs beside the tensors that autograd saves: the form; the solution, without its point; the
-    places of those of its tensors that are inputs; the instances that another solver solved; how kinks are read."""
+    which of its tensors are inputs, and their places; the instances that another solver solved; how kinks are read."""
 
     form: Form
     found: kkt.Solved
+    tracked: tuple[bool, ...]
     inputs: tuple[int, ...]
     others: list[tuple[kkt.Rest, Prepared]]
     kink_rule: str
@@ -326,16 +327,23 @@ def _pulled(
     # Every tensor that autograd handles costs a microsecond or more: the answer goes as two, and of the data only what
     # needs a gradient.
     tensors = tuple(form.tensors().values())
-    inputs = tuple([i for i, tensor in enumerate(tensors) if tensor.requires_grad])
+    tracked = tuple([tensor.requires_grad for tensor in tensors])
+    inputs = places(tracked)
     # The graph of the outputs holds the task, so the task must not hold the outputs.
     found.packed = Packed(packed.arrangement, _EMPTY, _EMPTY, packed.report)
-    task = _Task(form, found, inputs, others, kink_rule, weak_tolerance)
+    task = _Task(form, found, tracked, inputs, others, kink_rule, weak_tolerance)
     # (In a list they are no inputs, and autograd makes no views of them.)
     x, rest = _apply(task, [packed.x, packed.rest], *[tensors[i] for i in inputs])
     return Packed(packed.arrangement, x, rest, packed.report)
 
 
 _EMPTY = torch.empty(0)
+
+
+@lru_cache(1000)
+def places(flags: tuple[bool, ...]) -> tuple[int, ...]:
+    """Return the places of the flags that are set."""
+    return tuple(place for place, flag in enumerate(flags) if flag)
 
 
 class _Pulled(torch.autograd.Function):
@@ -362,18 +370,19 @@ class _Pulled(torch.autograd.Function):
         assert hollow is not None
         arrangement = hollow.arrangement
         point = Packed(arrangement, x, rest, hollow.report)
-        if torch.is_grad_enabled() or any(g is not None and transforms.wrapped(g) for g in (for_x, for_rest)):
+        if torch.is_grad_enabled() or transforms.any_wrapped(for_x, for_rest):
             form, whole = _with_saved(task, data), kkt.Point(*point.vectors())
 
             def again(for_x: Tensor | None, for_rest: Tensor | None) -> tuple[Tensor | None, ...]:
                 return _differentiated(task, form, whole, _gradients(arrangement, for_x, for_rest))
 
             return (None, None, *transforms.many_at_once(again, (for_x, for_rest)))
-        needed = [False] * len(task.form.tensors())
-        for place, need in zip(task.inputs, ctx.needs_input_grad[2:], strict=True):
-            needed[place] = need
+        needed, wanted = task.tracked, ctx.needs_input_grad[2:]
+        if not all(wanted):
+            which = dict(zip(task.inputs, wanted, strict=True))
+            needed = tuple([which.get(place, False) for place in range(len(needed))])
         form = _with_saved(task, data) if task.others else task.form
-        found = _pull(task, form, point, _gradients(arrangement, for_x, for_rest), tuple(needed))
+        found = _pull(task, form, point, _gradients(arrangement, for_x, for_rest), needed)
         return None, None, *[found[i] for i in task.inputs]
 
 
@@ -604,7 +613,7 @@ def _unless_changed(form: Form, point: dict[str, Tensor], value: Callable[[], Te
     """Return ``value``, with an error where data or point were changed in place between now and the call."""
     tensors = form.tensors()
     try:
-        before = [tensor._version for tensor in (*tensors.values(), *point.values())]
+        before = [tensor._version for tensor in tensors.values()] + [tensor._version for tensor in point.values()]
     except RuntimeError:  # tensors of inference mode do not count their changes
         return value
 

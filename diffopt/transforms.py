@@ -43,6 +43,11 @@ def wrapped(tensor: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
+def any_wrapped(first: Tensor | None, second: Tensor | None) -> bool:
+    """Return whether a transform wraps one of the two."""
+    return (first is not None and wrapped(first)) or (second is not None and wrapped(second))
+
+
 def mapped_first(tensor: Tensor, lead: int, core: int) -> Tensor:
     """Return what is inside a tensor that the innermost vmap maps, the mapped dimension before as many batch dimensions
     as ``lead`` says and the ``core`` ones of an instance; other tensors as they are."""

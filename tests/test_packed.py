@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,10 +28,12 @@ def problem(requires_grad: bool = False) -> dict[str, Tensor]:
     return {name: v.requires_grad_(requires_grad) for name, v in data.items()}
 
 
-def test_every_piece_has_its_place() -> None:
+@pytest.mark.parametrize("make", [Packed.empty, Packed.sparing])
+def test_every_piece_has_its_place(make: Callable[[Arrangement, Tensor], Packed]) -> None:
     batch, n, p, m = torch.Size((2, 3)), 4, 1, 2
     arrangement = Arrangement(batch, n, p, m)
-    packed = Packed.empty(arrangement, torch.zeros(1, dtype=torch.float32))
+    packed = make(arrangement, torch.zeros(1, dtype=torch.float32))
+    places = packed.places()
     assert packed.rest.dtype == torch.float32 and packed.report.dtype == f64
     packed.rest.copy_(torch.arange(packed.rest.numel()))
     pieces = [packed.s, packed.nu, packed.lam, packed.lam_lower, packed.lam_upper]
@@ -38,9 +41,8 @@ def test_every_piece_has_its_place() -> None:
     # Together they are all of it, in this order, and views.
     assert torch.equal(torch.cat([v.flatten() for v in pieces]), packed.rest)
     assert all(v.untyped_storage().data_ptr() == packed.rest.untyped_storage().data_ptr() for v in pieces)
-    places = packed.places()
     vectors = [packed.x, *pieces, packed.residuals, packed.counts, packed.status]
-    assert places == tuple(v.data_ptr() for v in vectors)
+    assert places == tuple(v.data_ptr() for v in vectors) == packed.places()
     assert (packed.residuals.shape, packed.counts.shape, packed.status.shape) == ((3, 2, 3), (3, 2, 3), (2, 3))
     assert (packed.counts.dtype, packed.status.dtype) == (torch.int64, torch.int8)
 

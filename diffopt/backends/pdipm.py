@@ -56,8 +56,9 @@ class PdipmBackend(Backend):
         answer = executor.solve(data, settings, plan.tolerance, plan.weak_tolerance, keep, start)
         others = self._solve_rest(form, settings, answer, start) if answer.unsolved and settings.sync else ()
         name = "+".join([answer.name, *sorted({rest.found.executor for rest in others})]) if others else answer.name
+        certificate = _certificates(form, answer.certificate, others) if others else answer.certificate
         return kkt.Solved(
-            None, None, None, _certificates(form, answer.certificate, others), self.name, name,
+            None, None, None, certificate, self.name, name,
             pullback=_pullback(executor, data, answer.saved) if keep else None,
             others=others, solved=answer.unsolved == 0, packed=answer.packed, sync=settings.sync,
         )  # fmt: skip

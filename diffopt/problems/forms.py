@@ -157,11 +157,12 @@ class QPForm(Form):
         self._tensors: dict[str, Tensor] | None = None
         # Checks cost more than a small problem, so they are done once for each combination of shapes.
         # (A graph that is being traced has shapes of its own, which may be symbols.)
-        key = None if cone is not None or torch.compiler.is_compiling() else _key(Q, q, A, b, G, h, lower, upper)
+        data = Q, q, A, b, G, h, lower, upper
+        key = None if cone is not None or torch.compiler.is_compiling() else _key(*data)
         known = None if key is None else _signatures.get(key)
         if known is None:
             known = self._check(Q, q, A, b, G, h, lower, upper, cone)
-            if key is not None:
+            if key is not None and all(isinstance(v, Tensor) and v.dim() for v in data if v is not None):
                 if len(_signatures) >= MOST_SIGNATURES:
                     _signatures.clear()
                 _signatures[key] = known
@@ -215,6 +216,8 @@ class QPForm(Form):
 
     def _named(self) -> dict[str, Tensor]:
         parts = self.Q.tensors()
+        if len(parts) == 1 and self.lower is None and self.upper is None:  # (the rest of this, for the usual form)
+            return {"Q": parts[0], "q": self.q, "A": self.A, "b": self.b, "G": self.G, "h": self.h}
         names = ("Q",) if len(parts) == 1 else ("Q_diagonal", "Q_factor")
         named = dict(zip(names, parts, strict=True))
         named |= {"q": self.q, "A": self.A, "b": self.b, "G": self.G, "h": self.h}
@@ -324,20 +327,20 @@ def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> Symmetric
     return Dense(Q)
 
 
-def _key(Q: object, q: object, *rest: object) -> tuple[object, ...] | None:
-    """Return the shapes, dtypes and devices of ordinary data, or ``None`` for numbers, structures and 0-d tensors."""
-    parts: list[object] = []
-    for value in (Q, q, *rest):
-        if isinstance(value, Tensor):
-            shape = value.shape
-            if not shape:
-                return None
-            parts += (shape, value.dtype, value.device)
-        elif value is None and len(parts) > 3:
-            parts.append(None)
-        else:
-            return None
-    return tuple(parts)
+def _key(*data: Any) -> tuple[object, ...] | None:
+    """Return the shapes, dtypes and devices of ordinary data; ``None`` for numbers, structures and half of a pair."""
+    Q, q, A, b, G, h, lower, upper = data
+    # (Written out: this is a tenth of a small solve. What has no shape is found out by its error.)
+    try:
+        return (
+            Q.shape, Q.dtype, Q.device, q.shape, q.dtype, q.device,
+            None if A is None and b is None else (A.shape, A.dtype, A.device, b.shape, b.dtype, b.device),  # pyright: ignore[reportOptionalMemberAccess]
+            None if G is None and h is None else (G.shape, G.dtype, G.device, h.shape, h.dtype, h.device),  # pyright: ignore[reportOptionalMemberAccess]
+            None if lower is None else (lower.shape, lower.dtype, lower.device),
+            None if upper is None else (upper.shape, upper.dtype, upper.device),
+        )  # fmt: skip
+    except AttributeError:
+        return None
 
 
 def _no_rows(n: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from diffopt.errors import BackendError, warn_of_gradients
 from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank
-from diffopt.packed import Arrangement, Packed
+from diffopt.packed import Arrangement, Packed, model
 from diffopt.solution import ALMOST, Certificate, Status
 from diffopt.solvers import library
 from diffopt.solvers.executor import Answer, Data, Executor, Point
@@ -69,39 +70,37 @@ def _give_back(records: Tensor, spare: list[Tensor] = _spare) -> None:
 LARGE = 2**20
 """Bytes from which the C library may give memory back to the system, which clears what is taken anew page by page."""
 
-_lent: list[torch.UntypedStorage] = []
-"""Memory of large gradients (`MOST_LENT`, up to 256 MiB), which serves again when only this list refers to it."""
-
 MOST_LENT = 16
+
+
+class _Lent(threading.local):
+    """Memory of a thread's large gradients (`MOST_LENT`, up to 128 MiB), which serves again when only this list refers
+    to it."""
+
+    def __init__(self) -> None:
+        self.storages: list[torch.UntypedStorage] = []
+
+
+_lent = _Lent()
 
 _references: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
-def _new_gradient(like: Tensor, shape: torch.Size, size: int) -> Tensor:
+def _new_gradient(like: Tensor, size: int) -> Tensor:
     """Return a new tensor of so many bytes; a large one may get the memory of one that is gone."""
     if size < LARGE or _references is None:
-        return like.new_empty(shape)
-    found = None
-    for _ in range(len(_lent)):
-        try:
-            storage = _lent.pop(0)  # (out of the list first: no other thread can take it then)
-        except IndexError:
+        return torch.empty_like(like)
+    storages = _lent.storages
+    for storage in storages:
+        # (It is free if nobody has it but the list, this variable and the call.)
+        if size <= storage.nbytes() <= 2 * size and _references(storage._cdata) == 1 and sys.getrefcount(storage) == 3:
             break
-        free = _references(storage._cdata) == 1 and sys.getrefcount(storage) == 2  # (this variable, and the call)
-        if found is None and free and size <= storage.nbytes() <= 2 * size:
-            found = storage
-        else:
-            _lent.append(storage)
-    if found is None:
-        found = torch.UntypedStorage(size)
-    gradient = like.new_empty(0).set_(found, 0, shape)  # type: ignore[call-overload]
-    _lent.append(found)
-    try:
-        while len(_lent) > MOST_LENT or sum(storage.nbytes() for storage in _lent) > 2**28:
-            _lent.pop(0)
-    except IndexError:  # (another thread was faster)
-        pass
-    return gradient
+    else:
+        storage = torch.UntypedStorage(size)
+        storages.append(storage)
+        while len(storages) > MOST_LENT or sum(kept.nbytes() for kept in storages) > 2**27:
+            storages.pop(0)
+    return like.new_empty(0).set_(storage, 0, like.shape)  # type: ignore[call-overload]
 
 
 class Saved:
@@ -161,7 +160,7 @@ class CpuExecutor(Executor):
         layout = self._layout(data)
         kept, pointers = layout.pointers(data)
         count = layout.count
-        packed = Packed.empty(layout.arrangement, data.q)
+        packed = (Packed.empty if keep else Packed.sparing)(layout.arrangement, data.q)
         x, s, nu, lam, lower, upper, residuals, counts, status = packed.places()
         saved, size, once, at_saved, at_once = None, 0, 0, 0, 0
         if keep:
@@ -205,8 +204,8 @@ class CpuExecutor(Executor):
         """See `Executor`."""
         layout = saved.layout
         x, s, nu, lam, lower, upper = [g if g is None or g.is_contiguous() else g.contiguous() for g in gradients]
-        way = layout.reverse(needed)
-        found = [None if shape is None else _new_gradient(data.q, shape, size) for shape, size in way.shapes]
+        way = layout.reverse(needed, data)
+        found = [None if like is None else _new_gradient(like, size) for like, size in way.written]
         packed = _GRADIENTS.pack(*[0 if v is None else v.data_ptr() for v in (x, s, lam, nu, lower, upper, *found)])
         poor = 0
         for begin, end in layout.slices:
@@ -215,13 +214,9 @@ class CpuExecutor(Executor):
             warn_of_gradients(poor, layout.count)
         if way.collected:
             _collect(layout, saved.report, point, way.collected, found)
-        dQ, dq, dA, db, dG, dh, dlower, dupper, dF = found
-        pieces = (dQ, dF) if len(way.wanted) == 9 else (dQ,)
         return tuple([
-            _in_shape_of(tensor, gradient) if wanted and tensor is not None else None
-            for gradient, tensor, wanted in zip(
-                (*pieces, dq, dA, db, dG, dh, dlower, dupper), data.tensors(), way.wanted, strict=True
-            )
+            None if place is None else found[place] if shape is None else _in_shape(shape, found[place], data.q)
+            for place, shape in way.returned
         ])  # fmt: skip
 
     def derivative(
@@ -270,28 +265,29 @@ class CpuExecutor(Executor):
         return code
 
 
-def _in_shape_of(tensor: Tensor, gradient: Tensor | None) -> Tensor:
-    """Return a gradient summed over what the tensor was broadcast along; ``None`` is that of no entries."""
+def _in_shape(shape: torch.Size, gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Return a gradient summed over what its tensor was broadcast along; ``None`` is that of no entries."""
     if gradient is None:
-        return torch.zeros_like(tensor)
-    if gradient.shape == tensor.shape:
+        return like.new_zeros(shape)
+    if gradient.shape == shape:
         return gradient
-    if gradient.numel() == tensor.numel():
-        return gradient.reshape(tensor.shape)
-    return gradient.sum_to_size(tensor.shape)
+    if gradient.numel() == shape.numel():
+        return gradient.reshape(shape)
+    return gradient.sum_to_size(shape)
 
 
 class _Reverse(NamedTuple):
     """What of a pullback depends on shapes, and on which gradients are wanted, alone.
 
-    ``shapes``: of what the library writes for Q, q, A, b, G, h, lower, upper and the low-rank factor, and their bytes;
-    ``None`` is not written. ``collected``: the shared matrices ("Q", "A", "G") whose gradient is a product of what is
-    written. ``wanted``: for each of `Data.tensors`.
+    ``written``: what the library writes for Q, q, A, b, G, h, lower, upper and the low-rank factor, as a model, and its
+    bytes; ``None`` is not written. ``collected``: the shared matrices ("Q", "A", "G") whose gradient is a product of
+    what is written. ``returned``: for each of `Data.tensors` which of those is its gradient, if it is wanted, and its
+    shape, if that is another.
     """
 
-    shapes: tuple[tuple[torch.Size | None, int], ...]
+    written: tuple[tuple[Tensor | None, int], ...]
     collected: tuple[str, ...]
-    wanted: tuple[bool, ...]
+    returned: tuple[tuple[int | None, torch.Size | None], ...]
 
 
 def _collect(layout: _Layout, report: Tensor, point: Point, which: tuple[str, ...], found: list[Tensor | None]) -> None:
@@ -357,8 +353,8 @@ class _Layout:
             self.strides.append(core.numel() if own else 0)
             self._expand.append(torch.Size((*data.batch, *core)) if own and lead.numel() != count else None)
 
-    def reverse(self, needed: tuple[bool, ...]) -> _Reverse:
-        """Return how the pullback goes for these gradients."""
+    def reverse(self, needed: tuple[bool, ...], data: Data) -> _Reverse:
+        """Return how the pullback goes for these gradients of data of this layout."""
         known = self._reverse.get(needed)
         if known is None:
             Q, *factor, _, A, _, G, _, lower, upper = needed
@@ -377,12 +373,23 @@ class _Layout:
                 (n,) if upper else None,
                 (n, self.rank) if any(factor) else None,
             ]
-            shapes = tuple(None if core is None else torch.Size((*self.arrangement.batch, *core)) for core in wanted)
+            models = [
+                None if core is None else model((*self.arrangement.batch, *core), data.q.dtype, data.q.device)
+                for core in wanted
+            ]
             collected = {"Q": Q and Q_shared and dense, "A": A and A_shared and p > 0, "G": G and G_shared and m > 0}
+            returned: list[tuple[int | None, torch.Size | None]] = []
+            places = (0, *(8 for _ in factor), *range(1, 8))
+            for place, tensor, need in zip(places, data.tensors(), needed, strict=True):
+                like = models[place]
+                same = like is not None and tensor is not None and like.shape == tensor.shape
+                returned.append((
+                    place if need and tensor is not None else None, None if same or tensor is None else tensor.shape
+                ))  # fmt: skip
             known = self._reverse[needed] = _Reverse(
-                tuple((shape, 0 if shape is None else self.width * shape.numel()) for shape in shapes),
+                tuple((like, 0 if like is None else self.width * like.numel()) for like in models),
                 tuple(name for name, here in collected.items() if here),
-                needed,
+                tuple(returned),
             )
         return known
 
@@ -393,6 +400,9 @@ class _Layout:
         for tensor, expand in zip(_fields(data), self._expand, strict=True):
             if tensor is None:
                 pointers.append(0)  # an absent side; an empty matrix need not have any memory either
+                continue
+            if expand is None and tensor.is_contiguous():
+                pointers.append(tensor.data_ptr())
                 continue
             if expand is not None:
                 tensor = tensor.detach().expand(expand)

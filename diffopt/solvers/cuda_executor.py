@@ -1,9 +1,9 @@
 """The CUDA executor: the interior-point method as one kernel for a batch of dense problems in dual form.
 
-The kernels are text (``cuda/``) that NVRTC compiles at run time, once in a process for each kernel, dtype and kind of
-device. A problem is solved by one block, or one warp of it where it is small, with everything it iterates on in shared
-memory; the matrices of a large one lie in global memory, and so in the cache. Nothing waits for the device but the
-reading of how many instances are left unsolved.
+The kernels are text (``cuda/``) that NVRTC compiles at run time, once for each kernel, dtype and kind of device: the
+code is kept on disk (`code_cache`). A problem is solved by one block, or one warp of it where it is small, with
+everything it iterates on in shared memory; the matrices of a large one lie in global memory, and so in the cache.
+Nothing waits for the device but the reading of how many instances are left unsolved.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from diffopt.errors import CompiledExecutorWarning
 from diffopt.linalg.matrices import Dense
 from diffopt.packed import Arrangement, Packed
+from diffopt.solvers import code_cache
 from diffopt.solvers.executor import Answer, Data, Executor, Point
 from diffopt.solvers.settings import Settings
 from diffopt.warm_start import Start
@@ -234,14 +235,36 @@ KERNELS = tuple(f"diffopt_{what}_{variant}" for what in ("solve", "pullback") fo
 
 @cache
 def compiled(name: str, dtype: torch.dtype, architecture: str) -> bytes:
-    """Return a kernel's machine code, by NVRTC. Takes seconds; needs no device."""
+    """Return a kernel's machine code: kept from before, or by NVRTC, which takes many seconds. Needs no device."""
+    macros = {
+        "DIFFOPT_REAL": "float" if dtype == torch.float32 else "double",
+        "DIFFOPT_ONLY": str(1 << KERNELS.index(name)),
+    }
+    said = [_compiler_version(), architecture, STANDARD, *(f"{macro}={value}" for macro, value in macros.items())]
+    files = sorted(SOURCES.glob("*.cu*"))
+    key = [
+        *(text.encode() for text in said),
+        *(part for file in files for part in (file.name.encode(), file.read_bytes())),
+    ]
+    return code_cache.get(key, lambda: _compile(architecture, macros))
+
+
+STANDARD = "c++17"
+
+
+def _compiler_version() -> str:
+    from cuda.bindings import nvrtc  # pyright: ignore[reportMissingImports]
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"NVRTC {major}.{minor}"
+
+
+def _compile(architecture: str, macros: dict[str, str]) -> bytes:
     from cuda.core import Program, ProgramOptions  # pyright: ignore[reportMissingImports]
 
-    macros = [
-        ("DIFFOPT_REAL", "float" if dtype == torch.float32 else "double"),
-        ("DIFFOPT_ONLY", str(1 << KERNELS.index(name))),
-    ]
-    options = ProgramOptions(std="c++17", arch=architecture, include_path=str(SOURCES), define_macro=macros)
+    options = ProgramOptions(
+        std=STANDARD, arch=architecture, include_path=str(SOURCES), define_macro=list(macros.items())
+    )
     return bytes(Program((SOURCES / "kernels.cu").read_text(), "c++", options).compile("cubin").code)
 
 

@@ -64,6 +64,20 @@ def test_broken_data(changes, error, message):
         QPForm(**working(**changes))
 
 
+def test_shapes_that_passed_before_do_not_let_other_data_through():
+    q, none, side = torch.zeros(4), None, torch.tensor(1.0)
+    A = torch.ones(2, 4)
+    for _ in range(2):  # (the second time the shapes are known)
+        assert QPForm(torch.eye(4), q).p == 0
+        form = QPForm(torch.eye(4), q, A, side, lower=side)
+        assert form.b.shape == (2,) and form.lower is not None and form.lower.shape == (4,)
+        for broken in (dict(b=torch.ones(2)), dict(A=A), dict(h=torch.ones(2)), dict(G=A, h=none)):
+            with pytest.raises(ParameterError, match="without"):
+                QPForm(torch.eye(4), q, **broken)
+        with pytest.raises(ParameterError, match="must be a torch tensor"):
+            QPForm(torch.eye(4), q.numpy())
+
+
 def test_with_tensors_is_the_same_form():
     form = QPForm(**working())
     twin = form.with_tensors({name: 2 * tensor for name, tensor in form.tensors().items()})

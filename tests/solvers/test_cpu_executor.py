@@ -1060,7 +1060,7 @@ def test_records_are_not_reused_while_a_graph_needs_them() -> None:
 @pytest.mark.parametrize("held", ["nothing", "gradient", "view", "array", "storage"])
 def test_memory_of_large_gradients_serves_again_when_nobody_has_it(held: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_executor, "LARGE", 1000)
-    monkeypatch.setattr(cpu_executor, "_lent", [])
+    monkeypatch.setattr(cpu_executor._lent, "storages", [])
     Q = (torch.eye(20, dtype=f64) * torch.arange(1, 5, dtype=f64)[:, None, None]).requires_grad_()
 
     def gradient(scale: float) -> Tensor:
@@ -1084,3 +1084,21 @@ def test_memory_of_large_gradients_serves_again_when_nobody_has_it(held: str, mo
     assert measures.relative(second, 2 * values) <= X_REFERENCE
     third = gradient(1.0)
     assert torch.equal(third, values) and third.data_ptr() != second.data_ptr()
+
+
+def test_gradients_that_are_written_around_the_caches_have_the_same_bits() -> None:
+    # (Rows of 101 numbers begin in the middle of cache lines, and so do the matrices of every other instance.)
+    n, m, batch = 101, 100, 51
+    g = torch.Generator().manual_seed(1)
+    U, q, G, incoming = (torch.randn(batch, *s, dtype=f64, generator=g) for s in ((n, n), (n,), (m, n), (n,)))
+    data = {"Q": U @ U.mT + torch.eye(n, dtype=f64), "q": q, "G": G, "h": torch.ones(batch, m, dtype=f64)}
+    assert 8 * batch * n * (n + m) > 4e6
+
+    def gradients(part: slice) -> list[Tensor]:
+        leaves: dict[str, Any] = {name: v[part].clone().requires_grad_() for name, v in data.items()}
+        return list(torch.autograd.grad(diffopt.solve_qp(**leaves).x, list(leaves.values()), incoming[part]))
+
+    whole = gradients(slice(None))
+    for begin in (0, 17, 34):
+        part = slice(begin, begin + 17)
+        assert all(torch.equal(a[part], b) for a, b in zip(whole, gradients(part), strict=True))

@@ -48,16 +48,17 @@ RACE = 66
 """What a program exits with after the sanitizer has reported a race."""
 
 
-def run(kernels: Path) -> subprocess.CompletedProcess[str]:
+def run(kernels: Path, real: str = "double") -> subprocess.CompletedProcess[str]:
     # The sanitizer does not know fences, and std::barrier's own atomics do without.
-    flags = ("-O1", "-g", "-fsanitize=thread", "-Wno-tsan", "-DDIFFOPT_REAL=double", "-DDIFFOPT_WARP=4")
-    program = build(HERE / "race.cpp", "race", *flags, kernels=kernels)
+    flags = ("-O1", "-g", "-fsanitize=thread", "-Wno-tsan", f"-DDIFFOPT_REAL={real}", "-DDIFFOPT_WARP=4")
+    program = build(HERE / "race.cpp", f"race_{real}", *flags, kernels=kernels)
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
-def test_no_race() -> None:
-    done = run(SOURCES)
+@pytest.mark.parametrize("real", ["double", "float"])
+def test_no_race(real: str) -> None:
+    done = run(SOURCES, real)
     assert done.returncode == 0, done.stderr[:5000]
     assert done.stdout == "solved\n"
 

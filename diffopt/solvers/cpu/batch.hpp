@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "profile.hpp"
 #include "simd.hpp"
 
 #if defined(__linux__)

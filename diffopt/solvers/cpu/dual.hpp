@@ -58,6 +58,7 @@ template <class P> class Dual {
 
     // Solves the problems that start at `first`; those solved are written to `answer`. Returns how many were not.
     Index run(const Setup<P>& setup, Index first, const Answer& answer) {
+        PROFILE(VECTORS, P::S * 2 * product(k.n, k.n / 2 + k.p + k.m + k.b));
         m_ = &setup;
         first_ = first;
         kept_ = false;
@@ -184,6 +185,7 @@ template <class P> class Dual {
     }
 
     void start() {
+        PROFILE_THEN(START, P::S * (cube(k.m + k.b) / 3 + 4 * square(k.m + k.b)));
         const Index qd = k.packs(k.directions);
         // The minimiser of the objective plus 1/2 |C x - side|^2 / weight over all rows, weight 1 unless far away.
         for (Index q = 0; q < qd; q++) {
@@ -252,8 +254,10 @@ template <class P> class Dual {
         Number last_mu = Number{} + INF, slow{}, stalled{}, tried = Number{} + INF, failures{}, steps{};
         const Number most_steps = Number{} + static_cast<double>(limit);
         for (;;) {
+            PROFILE_THEN(PRODUCT, P::S * 2 * square(k.m + k.b));
             collect_forces();
             measure();
+            PROFILE_THEN(STEP, 0);
             Vec mu_sum{}, violation{}, size{}, gap_sum{}, side_sum{};
             Mask changed{};
             each_row([&](Index at, Index direction, double sign) {
@@ -329,6 +333,7 @@ template <class P> class Dual {
     }
 
     void factor_step(Flag& running) {
+        PROFILE_THEN(FORM, 0);
         for (Index q = 0; q < k.packs(k.directions); q++) P::store(inverse_w_ + q * P::W, Vec{});
         each_row([&](Index at, Index direction, double) {
             // (Divisions are slow: each of these serves several times.)
@@ -345,12 +350,14 @@ template <class P> class Dual {
             P::store(inverse_w_ + q * P::W, inverse);
             P::store(extra_ + q * P::W, inverse + SHIFT);
         }
+        PROFILE_THEN(FACTOR, P::S * cube(k.m + k.b) / 3);
         const auto pivots = cholesky<P>(m_->R, k.directions, extra_, K_, k.directions, k.directions, inv_k_);
         running = running & pivots.positive;
     }
 
     // The Newton direction for  s z = tau, tau = target - ds dz of the direction before (`second`), else target.
     void direction(Number target, bool second) {
+        PROFILE_THEN(STEP, 0);
         const Index qd = k.packs(k.directions);
         clear(g_, k.directions);
         each_row([&](Index at, Index direction, double sign) {
@@ -368,7 +375,9 @@ template <class P> class Dual {
             P::store(g_ + q * P::W, g);
             P::store(df_ + q * P::W, -g);
         }
+        PROFILE_THEN(SOLVES, P::S * 2 * square(k.m + k.b));
         solve_both<P>(K_, k.directions, inv_k_, k.directions, df_);
+        PROFILE_THEN(STEP, 0);
         if (two_sided_) split_two_sided();
         each_row([&](Index at, Index direction, double sign) {
             const Mask here = on(at);

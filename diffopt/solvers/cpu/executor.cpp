@@ -59,6 +59,7 @@ template <class T> void fill(void* target, Index from, Index to, Index size) {
 }
 
 void clear_answer(const Batch& batch, const Answer& a, const Places& places, Index from, Index to) {
+    PROFILE(CLEAR, 0);
     auto nan = [&](void* target, Index size) {
         if (batch.single) fill<float>(target, from, to, size);
         else fill<double>(target, from, to, size);
@@ -182,6 +183,7 @@ int64_t solve_rest(const Batch& batch, const Options& options, const Answer& ans
             Whole& mine = whole(batch);
             const Index last = std::min<Index>(count, (chunk + 1) * per_chunk);
             for (Index c = chunk * per_chunk; c < last; c++) {
+                PROFILE(GENERAL, 0);
                 const Index i = rest[static_cast<std::size_t>(c)];
                 mine.run(batch, options, places, i, answer, nullptr);
                 missing += answer.status[i] != SOLVED;
@@ -233,6 +235,7 @@ DIFFOPT_API int64_t diffopt_saved_size(const Call* call, int64_t once) {
 // Solves instances [begin, end). Returns how many are not SOLVED, plus 2^40 (by the dual form), 2^41 (with a diagonal
 // Hessian eliminated first) and 2^42 (n x n) for the ways in which some were; or -1 if memory ran out.
 DIFFOPT_API int64_t diffopt_solve(const Call* call, int64_t begin, int64_t end) {
+    PROFILE(CALL, 0);
     const Batch& batch = call->batch;
     const Options& options = call->options;
     const Answer& answer = call->answer;
@@ -281,10 +284,11 @@ DIFFOPT_API int64_t diffopt_certificate(const Call* call, int64_t i, double* tar
 namespace diffopt {
 namespace {
 
+// Instances [first, last), before `next`.
 template <class P, class T> void pull_group(const Call& call, const Places& places, const Gradients& g, Index first, Index last,
-                                            PullbackWork& work) {
+                                            Index next, PullbackWork& work) {
     if (places.small) return pull_lanes<P, T>(call.batch, call.answer, places, g, first, last, work);
-    for (Index i = first; i < last; i++) pull_back<T>(call.batch, call.answer, places, g, i, work);
+    for (Index i = first; i < last; i++) pull_back<T>(call.batch, call.answer, places, g, i, std::min(i + 1, next), work);
 }
 
 }  // namespace
@@ -294,6 +298,7 @@ template <class P, class T> void pull_group(const Call& call, const Places& plac
 // to be relied on, or -1 if memory ran out.
 DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradients, int64_t threads, int64_t begin,
                                      int64_t end) {
+    PROFILE(PULL_CALL, 0);
     const Batch& batch = call->batch;
     const Places places = places_of(batch, call->options, begin, end);
     const Index group = places.small ? W : 1;
@@ -309,7 +314,8 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
     const double n = static_cast<double>(batch.n), each = (8 * n * n + 4 * n * static_cast<double>(batch.m) + 200) * static_cast<double>(group);
     const Index per_chunk = std::max<Index>(1, static_cast<Index>(CHUNK / each)) * group;
     const Index chunks = (end - begin + per_chunk - 1) / per_chunk;
-    if (each * static_cast<double>((end - begin) / group) < WORTH_WAKING) threads = 1;
+    // (It waits for memory more than it computes.)
+    if (8 * each * static_cast<double>((end - begin) / group) < WORTH_WAKING) threads = 1;
     std::atomic<int64_t> poor{0};
     std::atomic<bool> failed{false};
     Pool::run(chunks, threads, [&](int64_t chunk) {
@@ -320,10 +326,10 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
             for (Index i = begin + chunk * per_chunk; i < last;) {
                 const bool lanes = places.grouped(i);
                 const Index next = lanes ? std::min<Index>(i + W, last) : i + 1;
-                if (lanes && batch.single) pull_group<Lanes, float>(*call, places, *gradients, i, next, work);
-                else if (lanes) pull_group<Lanes, double>(*call, places, *gradients, i, next, work);
-                else if (batch.single) pull_group<Alone, float>(*call, places, *gradients, i, next, work);
-                else pull_group<Alone, double>(*call, places, *gradients, i, next, work);
+                if (lanes && batch.single) pull_group<Lanes, float>(*call, places, *gradients, i, next, last - 1, work);
+                else if (lanes) pull_group<Lanes, double>(*call, places, *gradients, i, next, last - 1, work);
+                else if (batch.single) pull_group<Alone, float>(*call, places, *gradients, i, next, last - 1, work);
+                else pull_group<Alone, double>(*call, places, *gradients, i, next, last - 1, work);
                 i = next;
             }
             poor += work.poor;

@@ -8,6 +8,7 @@ namespace diffopt {
 // Prepares the system of the rows marked in active_ (equalities and held rows): M = V_B'V_B, factored.
 // False where these rows depend on each other. Only M is needed for multipliers: x follows from them.
 template <class P> typename P::Flag Dual<P>::hold() {
+    PROFILE(HOLD, 0);
     Flag enough = none_of(Flag{});
     if constexpr (P::LANES) {
         ldb_ = held_ = k.joint;
@@ -40,6 +41,7 @@ template <class P> typename P::Flag Dual<P>::hold() {
             for (Index i = held_; i < ldb_; i++) B_[r * ldb_ + i] = 0;
         }
     }
+    PROFILE_THEN(HOLD_FACTOR, P::S * cube(P::LANES ? k.p + k.m + k.b : held_) / 3);
     const auto pivots = cholesky<P>(M_, ldb_, nullptr, M_, ldb_, held_, inv_m_);
     return enough & pivots.positive & (pivots.smallest >= DEPENDENT);
 }
@@ -61,6 +63,7 @@ template <class P> void Dual<P>::solve_held(double* right) {
 
 // Qx_, pull_ = A'nu, push_ = G'lam + bound forces, Cx_ = [A; G; I] x at (x_, y_).
 template <class P> void Dual<P>::residual_of_point() {
+    PROFILE(CHECK, P::S * (2 * square(k.n) + 4 * product(k.n, k.p + k.m)));
     const Index ldc = k.pp + k.mp, qp = k.packs(k.pp), qc = k.packs(ldc);
     clear(Qx_, k.np);
     clear(pull_, k.np);
@@ -94,6 +97,7 @@ template <class P> void Dual<P>::gather_held() {
 
 // (x_, y_): the point where the held rows hold with equality and the others have no multiplier; then its residuals.
 template <class P> void Dual<P>::aim() {
+    PROFILE(POLISH_SOLVES, P::S * (square(k.n) + 2 * square(held_) + 2 * product(k.n, held_)));
     for (Index q = 0; q < k.packs(k.joint); q++)
         P::store(y_ + q * P::W, -(P::load(target_ + q * P::W) + P::load(h0_ + q * P::W)));
     solve_held(y_);
@@ -129,6 +133,7 @@ template <class P> typename P::Flag Dual<P>::flip(Flag which) {
 
 // One Newton step on the unreduced conditions of the held rows, for the problems in `which`; then the residuals.
 template <class P> void Dual<P>::refine(Flag which) {
+    PROFILE(POLISH_SOLVES, P::S * (2 * square(k.n) + 2 * square(held_) + 4 * product(k.n, held_)));
     const Index qn = k.packs(k.np), qj = k.packs(k.joint), qb = k.packs(ldb_), offset = k.pp * P::S;
     // Q dx + B'dy = r_x, B dx = r_B
     for (Index q = 0; q < qn; q++) {
@@ -176,6 +181,7 @@ template <class P> typename P::Flag Dual<P>::clip_multipliers() {
 // The residuals of diffopt.solution.Residuals at (x_, y_): in original units into errors_, and the worst of these and
 // of those in equilibrated units. `inside`: no row is violated by more than rounding.
 template <class P> typename P::Number Dual<P>::measure_point(Flag& inside) {
+    PROFILE(CHECK_MAXIMA, 0);
     const Index qn = k.packs(k.np), qp = k.packs(k.pp), offset = k.pp * P::S;
     Vec slope_max[2] = {}, slope_size[2] = {}, primal_max[2] = {}, primal_size[2] = {};
     Vec curved{}, linear{}, equal{}, sided{}, outside{}, widest{};
@@ -235,6 +241,7 @@ template <class P> typename P::Number Dual<P>::measure_point(Flag& inside) {
 // No problem's result may depend on what the others in its group still need.
 template <class P>
 typename P::Flag Dual<P>::polish(Flag due, Flag at_end, Number steps, const Answer& answer, int rounds) {
+    PROFILE(POLISH, 0);
     Flag pending = due, solved{};
     std::memcpy(held_rows_, above_, bytes(rows_));
     for (int round = 0; round < rounds && any(pending); round++) {
@@ -266,6 +273,7 @@ typename P::Flag Dual<P>::polish(Flag due, Flag at_end, Number steps, const Answ
 
 // Writes accepted problems, and what their pullback needs.
 template <class P> void Dual<P>::finish(Flag accepted, Number steps, const Answer& answer) {
+    PROFILE(WRITE, 0);
     // Weakly active rows hold with equality and have no multiplier; a derivative leaves them out.
     const Index offset = k.pp * P::S;
     Index weak[P::S] = {};
@@ -306,6 +314,7 @@ template <class P> void Dual<P>::finish(Flag accepted, Number steps, const Answe
         for (int e = 0; e < 3; e++) answer.residuals[e * batch_.count + i] = errors_[e][lane];
     });
     if (!answer.saved) return;
+    PROFILE_THEN(RECORD, 0, 8 * P::S * static_cast<double>(answer.saved_stride));
     if (dropped) hold();
     if constexpr (P::LANES) keep_lanes(accepted, answer);
     else keep(answer);

@@ -34,9 +34,11 @@ struct Reassembled {
 
 constexpr double POOR = 1e-6;  // relative residual up to which a derivative's system is solved (diffopt.errors.ADJOINT)
 
+constexpr Index LINE = 8;  // doubles in a line of the caches
+
 // Scratch of a thread.
 struct PullbackWork {
-    std::vector<double> x, y, inv, lanes;
+    std::vector<double> x, y, inv, lanes, stage;
     std::unique_ptr<Reassembled> general;
     int64_t poor = 0;  // instances whose system could not be solved, and whose gradient is not to be relied on
     Reassembled& get(const Sizes& sizes) {
@@ -45,28 +47,43 @@ struct PullbackWork {
     }
     void fit(Index n) {
         const std::size_t size = static_cast<std::size_t>(padded<Single>(n) + W);
-        if (x.size() != size) x.assign(size, 0.0), y.assign(size, 0.0), inv.assign(size, 0.0);
+        if (x.size() == size) return;
+        for (std::vector<double>* v : {&x, &y, &inv}) v->assign(size, 0.0);
+        stage.assign(static_cast<std::size_t>(n + LINE), 0.0);
     }
 };
 
 // Bytes of gradients of matrices above which they are written around the caches.
-constexpr double TOO_LARGE_FOR_CACHES = 8e6;
+constexpr double TOO_LARGE_FOR_CACHES = 4e6;
 
-// target (rows x n) = a_i u' - b_i v'
+// target (rows x n) = a_i u' - b_i v'. `stage`, if not null: room for n + LINE numbers, by which it is written around the
+// caches: whole lines of memory at a time, or it would take several times as long.
 template <class T>
-INLINE void outer_difference(T* target, Index rows, Index n, const T* a, const T* u, const T* b, const T* v, bool around) {
-    for (Index i = 0; i < rows; i++) {
-        T* row = target + i * n;
-        Index j = 0;
-        if constexpr (std::is_same_v<T, double>) {
-            if (around) {
-                constexpr std::size_t line = sizeof(Vec);
-                for (; j < n && reinterpret_cast<std::size_t>(row + j) % line; j++) row[j] = a[i] * u[j] - b[i] * v[j];
-                for (; j + W <= n; j += W) stream(row + j, Wide::splat(a[i]) * Wide::load(u + j) - Wide::splat(b[i]) * Wide::load(v + j));
+INLINE void outer_difference(T* target, Index rows, Index n, const T* a, const T* u, const T* b, const T* v, double* stage) {
+    auto write_row = [&](T* row, Index i) {
+        for (Index j = 0; j < n; j++) row[j] = a[i] * u[j] - b[i] * v[j];
+    };
+    if constexpr (std::is_same_v<T, double>) {
+        if (stage) {
+            Index ahead = (LINE - static_cast<Index>(reinterpret_cast<std::size_t>(target) / sizeof(double)) % LINE) % LINE;
+            Index filled = 0;
+            for (Index i = 0; i < rows; i++) {
+                write_row(stage + filled, i);
+                filled += n;
+                Index done = std::min(ahead, filled);
+                std::copy_n(stage, done, target);
+                ahead -= done;
+                for (; done + LINE <= filled; done += LINE)
+                    for (Index j = 0; j < LINE; j += W) stream(target + done + j, Wide::load(stage + done + j));
+                target += done;
+                filled -= done;
+                std::copy_n(stage + done, filled, stage);
             }
+            std::copy_n(stage, filled, target);
+            return;
         }
-        for (; j < n; j++) row[j] = a[i] * u[j] - b[i] * v[j];
     }
+    for (Index i = 0; i < rows; i++) write_row(target + i * n, i);
 }
 
 // The pullback of one instance: what comes in, and where what goes out is written.
@@ -150,12 +167,13 @@ template <class T> struct Pull {
         const T *x = static_cast<const T*>(answer.x) + i * n, *nu = static_cast<const T*>(answer.nu) + i * p,
                 *lam = static_cast<const T*>(answer.lam) + i * m;
         const double numbers = static_cast<double>(batch.count) * static_cast<double>(n) * static_cast<double>(n + p + m);
-        const bool around = numbers * sizeof(T) > TOO_LARGE_FOR_CACHES;
+        work.fit(n);
+        double* stage = numbers * sizeof(T) > TOO_LARGE_FOR_CACHES ? work.stage.data() : nullptr;
+        PROFILE(PULL_DQ, 0, sizeof(T) * (dQ ? product(n, n) : 0));
         if (dQ && batch.hessian == DENSE) {
-            work.fit(n);
             T *half_q = reinterpret_cast<T*>(work.x.data()), *half_x = reinterpret_cast<T*>(work.y.data());
             for (Index j = 0; j < n; j++) half_q[j] = T(0.5) * dq[j], half_x[j] = T(-0.5) * x[j];
-            outer_difference(dQ, n, n, half_q, x, half_x, dq, around);
+            outer_difference(dQ, n, n, half_q, x, half_x, dq, stage);
         }
         if (dQ && batch.hessian != DENSE)
             for (Index j = 0; j < n; j++) dQ[j] = dq[j] * x[j];
@@ -173,9 +191,11 @@ template <class T> struct Pull {
                     dfactor[j * k + c] = static_cast<T>(static_cast<double>(dq[j]) * by_x + static_cast<double>(x[j]) * by_q);
             }
         }
-        if (dA) outer_difference(dA, p, n, nu, dq, db, x, around);
-        if (dG) outer_difference(dG, m, n, lam, dq, dh, x, around);
-        if (around) stream_end();
+        PROFILE_THEN(PULL_DA, 0, sizeof(T) * (dA ? product(p, n) : 0));
+        if (dA) outer_difference(dA, p, n, nu, dq, db, x, stage);
+        PROFILE_THEN(PULL_DG, 0, sizeof(T) * (dG ? product(m, n) : 0));
+        if (dG) outer_difference(dG, m, n, lam, dq, dh, x, stage);
+        if (stage) stream_end();
     }
 };
 
@@ -184,8 +204,9 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
     const Index n = g.n, p = g.p, m = g.m;
     Saved saved(g.batch, g.answer, g.i);
     saved.open();
-    // (All of the record at once: the solves ask for one row after the other.)
-    fetch_soon(saved.head, saved.end() - saved.head);
+    PROFILE(ADJOINT, 2 * square(n) + 4 * product(n, saved.count) + 2 * square(saved.count), 8.0 * (saved.end() - saved.head));
+    saved.fetch();
+    PROFILE_THEN(PULL_IN, 0);
     work.fit(n);
     double *rx = work.x.data(), *ry = work.y.data(), *inv = work.inv.data();
     std::memset(rx, 0, work.x.size() * sizeof(double));
@@ -203,6 +224,7 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
         for (Index j = 0; j < size; j++) inv[j] = 1 / U(j)[j];
         return inv;
     };
+    PROFILE_THEN(ADJOINT, 0);
     solve_transposed<Single>(saved.U, inverse_diagonal(saved.U, n), n, rx);
     const Index packs = saved.ld / W;
     add_transposed<Single>(saved.V, saved.ld, n, rx, 1, ry, 0, packs);
@@ -222,6 +244,7 @@ template <class T> void pull_by_factor(const Pull<T>& g, PullbackWork& work) {
     add_product<Single>(saved.V, saved.ld, n, ry, -1, rx, 0, packs);
     solve<Single>(saved.U, inverse_diagonal(saved.U, n), n, rx);
 
+    PROFILE_THEN(PULL_OUT, 0);
     for (Index j = 0; j < n; j++) g.dq[j] = static_cast<T>(-rx[j] * saved.d[j]);
     for (Index j = 0; j < p; j++) g.db[j] = 0;
     for (Index j = 0; j < saved.count; j++) {
@@ -291,9 +314,10 @@ template <class T> bool pull_nothing(const Pull<T>& g, double kind) {
     return kind == NO_RECORD || kind == NO_SOLUTION;
 }
 
+// One problem. `next`: the one that comes after it in the same thread, if any, whose record is in one piece too.
 template <class T>
 void pull_back(const Batch& batch, const Answer& answer, const Places& places, const Gradients& gradients, Index i,
-               PullbackWork& work) {
+               Index next, PullbackWork& work) {
     const Pull<T> g(batch, answer, gradients, i);
     const double kind = *places.at(answer, i);
     if (pull_nothing(g, kind)) return;
@@ -302,6 +326,12 @@ void pull_back(const Batch& batch, const Answer& answer, const Places& places, c
         const Sides sides(batch, places.at(answer, i), places.step(i));
         work.poor += !pull_by_sides(g, sides, reassembled<T>(batch, i, sides, work));
     } else pull_by_factor(g, work);
+    // While matrices are written, the next record comes.
+    if (next > i) {
+        PROFILE(ADJOINT, 0);
+        Saved saved(batch, answer, next);
+        if (*saved.head >= 0) saved.open(), saved.fetch();
+    }
     g.write_matrices(work);
 }
 
@@ -309,6 +339,7 @@ void pull_back(const Batch& batch, const Answer& answer, const Places& places, c
 template <class P, class T>
 void pull_lanes(const Batch& batch, const Answer& answer, const Places& places, const Gradients& gradients, Index first,
                 Index last, PullbackWork& work) {
+    PROFILE(PULL_IN, 0);
     using Vec = typename P::Vec;
     const Small<P> record(batch, answer, first);
     const Index n = record.n, p = record.p, m = record.m, joint = record.joint, S = P::S;
@@ -343,6 +374,7 @@ void pull_lanes(const Batch& batch, const Answer& answer, const Places& places, 
             y[(p + m + j) * S] = from && side != 0 ? side * static_cast<double>(from[j]) : 0.0;
         }
     }
+    PROFILE_THEN(ADJOINT, P::S * (2 * square(n) + 4 * product(n, joint) + 2 * square(joint)), 8.0 * P::S * record.size(batch));
     if (any_here) {
         const Vec cost = P::load(record.cost);
         for (Index j = 0; j < n; j++) P::store(rx + j * S, P::load(rx + j * S) * cost * P::load(record.d + j * S));
@@ -367,13 +399,14 @@ void pull_lanes(const Batch& batch, const Answer& answer, const Places& places, 
             P::store(ry + r * S, P::load(ry + r * S) * unit / cost);
         }
     }
+    PROFILE_THEN(PULL_OUT, 0);
     for (Index i = first; i < last; i++) {
         const Index lane = i - first;
         const Pull<T> g(batch, answer, gradients, i);
         const double kind = record.kind[lane];
         if (pull_nothing(g, kind)) continue;
         if (kind == ONLY_SIDES) {
-            pull_back<T>(batch, answer, places, gradients, i, work);
+            pull_back<T>(batch, answer, places, gradients, i, i, work);
             continue;
         }
         const double *x = rx + lane, *y = ry + lane, *held = record.held + lane;

@@ -54,6 +54,8 @@ struct Saved {
     }
     double cost() const { return head[1]; }
     const double* end() const { return M.base + PackedRows::size(count, ld); }
+    // (All of it at once: the solves ask for one row after the other.)
+    void fetch() const { fetch_soon(head, end() - head); }
 };
 
 // Writes the first `size` rows of an upper factor.

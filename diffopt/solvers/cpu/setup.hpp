@@ -59,9 +59,12 @@ template <class P> struct Setup {
     }
 
     void build(const Batch& batch, Index first) {
+        PROFILE(READ, 0, P::S * 8 * (square(k.n) + product(k.p + k.m, k.n)));
         if (batch.single) read<float>(batch, first);
         else read<double>(batch, first);
+        PROFILE_THEN(EQUILIBRATE, 0);
         equilibrate();
+        PROFILE_THEN(FACTOR_Q, P::S * cube(k.n) / 3);
         factor();
     }
 
@@ -181,6 +184,7 @@ template <class P> struct Setup {
         const Index ldc = k.pp + k.mp, first_bound = k.packs(ldc);
         auto pivots = cholesky<P>(Q, k.np, nullptr, U, k.np, k.n, inv);
         sound = sound & pivots.positive & (pivots.smallest * SAFE_CONDITION >= pivots.largest);
+        PROFILE_THEN(ROWS, P::S * product(k.n, k.n) * (k.p + k.m + k.b));
         for (Index r = 0; r < k.n; r++) {
             std::memcpy(V + r * k.joint * P::S, C + r * ldc * P::S, static_cast<std::size_t>(ldc * P::S) * sizeof(double));
             std::memset(V + (r * k.joint + ldc) * P::S, 0, static_cast<std::size_t>(k.bp * P::S) * sizeof(double));
@@ -189,9 +193,11 @@ template <class P> struct Setup {
         // The column of a bound on x_i is zero above row i.
         auto start = [&](Index q) { return q < first_bound ? 0 : (q - first_bound) * P::E; };
         solve_transposed<P>(U, k.np, inv, k.n, V, k.joint, 0, k.packs(k.joint), start);
+        PROFILE_THEN(REDUCE, P::S * square(k.p + k.m + k.b) * k.n);
         gram<P, false>(V, k.joint, k.n, k.joint, nullptr, 0, D, k.joint, start);
         const double* D_cc = D + (k.pp * k.joint + k.pp) * P::S;
         const Index qc = k.packs(k.directions);
+        PROFILE_THEN(EQUALITIES, P::S * (cube(k.p) / 3 + square(k.p) * (k.m + k.b) + square(k.m + k.b) * k.p));
         if (k.p) {
             pivots = cholesky<P>(D, k.joint, nullptr, E, k.pp, k.p, inv_e);
             sound = sound & pivots.positive & (pivots.smallest >= DEPENDENT);
