@@ -297,6 +297,8 @@ def compile_quickly(tree: Path) -> None:
     variants = tree / "diffopt/solvers/cpu/variants.txt"
     common, *others = [line for line in variants.read_text().splitlines() if not line.startswith("#")]
     kept = [line for line in others if line.split()[0] == library.variant()]
+    if not kept:
+        raise SystemExit("There is no compiled CPU executor of this source here. Run `make cpu` first.")
     variants.write_text("\n".join([f"{common} -O0", *kept]) + "\n")
 
 
