@@ -26,7 +26,8 @@ class ActiveSystem:
         self.sync = waiting.allowed()
         self.prepared = prepared
         self._saddle = saddle if prepared is None else prepared.factor.system
-        weak_any = kink_rule not in ("inactive", "nan") and bool(active.weak_count().any())
+        self.weak = active.weak_count() > 0
+        weak_any = kink_rule not in ("inactive", "nan") and bool(self.weak.any())
         self.dense_rule = kink_rule == "minimum_norm" and weak_any
         self.weak_row = active.weak_row
         none_row, none_bound = torch.zeros_like(active.row), torch.zeros_like(active.lower)
@@ -117,14 +118,15 @@ class ActiveSystem:
         poisoned = ~torch.stack([torch.isfinite(v).all(-1) for v in r if v.shape[-1]]).all(0) & asked
         skip = bad | poisoned.unsqueeze(-1)
         clean = Blocks(*(torch.where(skip, 0.0, v.double()) for v in r))
+        scaled = kkt.to_scaled(clean, self.scaling)
+        found, residual = solve_minimum_norm(self.factor(), scaled)
+        # (Which way an instance goes depends on its own kinks alone.)
+        dense = self.weak if self.dense_rule else torch.zeros_like(self.failed)
+        if waiting.allowed() and (poor := int(((residual > ADJOINT) & ~(self.failed | dense)).sum())):
+            warn_of_gradients(poor, residual.numel())
+        u = kkt.to_original(found, self.scaling)
         if self.dense_rule:
-            u = self._solve_dense(clean, transpose)
-        else:
-            scaled = kkt.to_scaled(clean, self.scaling)
-            found, residual = solve_minimum_norm(self.factor(), scaled)
-            if waiting.allowed() and (poor := int(((residual > ADJOINT) & ~self.failed).sum())):
-                warn_of_gradients(poor, residual.numel())
-            u = kkt.to_original(found, self.scaling)
+            u = self._solve_dense(clean, transpose).where(dense, u)
         spoiled = ((self.failed & asked) | poisoned).unsqueeze(-1)
         return Blocks(*(torch.where(spoiled, torch.nan, v).to(self.dtype) for v in u))
 

@@ -83,9 +83,8 @@ class PdipmBackend(Backend):
             mine = left[begin:end]
             if not bool(mine.any()):
                 continue
-            # (Whether there is a factor for the reverse pass does depend on all instances.)
             near = None if start is None else start.part(begin, end, shape)
-            found = super().solve(form.part(begin, end), settings, start=near).replace(system=None)
+            found = super().solve(form.part(begin, end), settings, start=near)
             for target, value in zip(flat, found.point, strict=True):
                 _put(target[begin:end], value, mine.unsqueeze(-1))
             _put(status[begin:end], found.status, mine)

@@ -32,7 +32,7 @@ def central_ratio(saddle: Saddle, strict: Rows, weak_row: Tensor, weak_bound: Te
     weak, m = sign != 0, weak_row.shape[-1]
     sigma, ell = weak.double(), weak.double()
     shape = weak.shape[:-1]
-    zeros = weak.double() * 0
+    zeros, done = weak.double() * 0, torch.zeros(shape, dtype=torch.bool, device=sign.device)
     at = Blocks(
         sigma.new_zeros(*shape, saddle.Q.n), sigma.new_zeros(*shape, saddle.A.shape[-2]), zeros[..., :m], zeros[..., m:]
     )
@@ -52,12 +52,14 @@ def central_ratio(saddle: Saddle, strict: Rows, weak_row: Tensor, weak_bound: Te
         for v, dv in ((sigma, change_sigma), (ell, change_ell)):
             reach = torch.where(dv < 0, -v / torch.where(dv < 0, dv, -1.0), torch.inf).amin(-1)
             alpha = torch.minimum(alpha, 0.9 * reach)
-        a = alpha.unsqueeze(-1)
+        # (An instance that has settled stays as it is: how long its neighbours take is nothing to it.)
+        a = torch.where(done, 0.0, alpha).unsqueeze(-1)
         sigma, ell = sigma + a * change_sigma, ell + a * change_ell
         moved = torch.where(weak, 0.0, torch.cat([at.row, at.bound], -1) + a * step)
         at = Blocks(at.x + a * u.x, at.eq + a * u.eq, moved[..., :m], moved[..., m:])
         settled = torch.maximum(change_sigma.abs(), change_ell.abs()) <= SETTLED * (sigma + ell)
-        if bool((settled | ~weak).all()):
+        done = done | (settled | ~weak).all(-1)
+        if bool(done.all()):
             break
     ratio = torch.where(weak, sigma / torch.where(weak, ell, 1.0), 0.0)
     return ratio[..., :m], ratio[..., m:]

@@ -131,6 +131,18 @@ class Saddle:
         return {"dual": _Dual, "diagonal": _Diagonal}[self.reduction](self, rows)
 
 
+class Mixed(Saddle):
+    """The system of one batch by two reductions: that of ``one`` in the instances ``where`` ``(*batch,)``, else that of
+    ``other``."""
+
+    def __init__(self, where: Tensor, one: Saddle, other: Saddle) -> None:
+        self.Q, self.A, self.G = one.Q, one.A, one.G
+        self.where, self.one, self.other = where, one, other
+
+    def factor(self, rows: Rows, final: bool = False) -> Factor:
+        return _Mixed(self, rows, final)
+
+
 class Factor:
     """A factored system. Subclasses write the reduced solve `raw` and the count of `dependent` rows."""
 
@@ -237,6 +249,24 @@ class Factor:
             part = self.shifted(self.raw(self.shifted(self.raw(r))))
             r = r.minus(part)
         return r
+
+
+class _Mixed(Factor):
+    """Each instance by its own reduction."""
+
+    def __init__(self, system: Mixed, rows: Rows, final: bool) -> None:
+        self.system, self.rows, self.where = system, rows, system.where
+        self.one, self.other = system.one.factor(rows, final), system.other.factor(rows, final)
+        self.failed = torch.where(self.where, self.one.failed, self.other.failed)
+
+    def raw(self, r: Blocks) -> Blocks:
+        return self.one.raw(r).where(self.where, self.other.raw(r))
+
+    def shifted(self, u: Blocks) -> Blocks:
+        return self.one.shifted(u).where(self.where, self.other.shifted(u))
+
+    def dependent(self) -> Tensor:
+        return torch.where(self.where, self.one.dependent(), self.other.dependent())
 
 
 def solve_minimum_norm(factor: Factor, r: Blocks) -> tuple[Blocks, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffopt import waiting
 from diffopt.linalg.cholesky import cholesky, pivots
 from diffopt.linalg.matrices import Dense
-from diffopt.linalg.saddle import Factor, Saddle
+from diffopt.linalg.saddle import Factor, Mixed, Saddle
 from diffopt.linalg.scaling import Scaling, regularisation
 from diffopt.shapes import max_abs
 from diffopt.solution import INDEFINITE, Status
@@ -31,6 +31,10 @@ WIDEST = 1.9
 
 WORTH_POLISHING = 1e-2
 """Relative residual up to which the end point of the iteration is tried for its active set."""
+
+ENOUGH, FURTHER = 1e-12, 5
+"""Relative residual below which no better point is looked for, and steps below the tolerance in search of the active
+set."""
 
 LIGHT = 1e-8
 """Weight of the rows at the last start, which almost forgets them."""
@@ -179,62 +183,65 @@ def _solve_scaled(
     groups = [(first, run & safe), ("primal", run & ~safe)]
     # Whether a group is empty decides what is worth running, not what any instance gets.
     groups = [group for group in groups if waiting.some(group[1])] or groups[:1]
-    outcomes = []
-    system: _System | None = None
+    saddles: dict[str, Saddle] = {}
+
+    def saddle(reduction: str) -> Saddle:
+        if reduction not in saddles:
+            saddles[reduction] = Saddle(qp.Q, qp.A, qp.G, reduction, regularisation(qp.scaling, reduction))
+        return saddles[reduction]
+
+    outcome: interior_point.Outcome | None = None
+    # Of an instance the last counts. All but the first group go by "primal".
+    polished: list[tuple[Tensor, Polished | None]] = []
+    first_try = _attempt if near is None else partial(_attempt_near, near)
     for reduction, group in groups:
-        saddle = Saddle(qp.Q, qp.A, qp.G, reduction, regularisation(qp.scaling, reduction))
         if reduction == "primal":
             group = group & ~_nonconvex(qp)
         convex = reduction != "primal"
-        attempt = _attempt if near is None else partial(_attempt_near, near)
-        outcome, done = attempt(qp, saddle, group, settings, tolerance, convex)
-        if done is not None and len(groups) == 1:
-            system = _System(done.active, done.factor)
-        lost = group & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
-        if thorough and waiting.some(lost):
-            outcome, system = _again(qp, system, lost, outcome, settings, tolerance)
-        outcomes.append((group, reduction, outcome))
-    _, name, merged = outcomes[0]
-    for group, reduction, outcome in outcomes[1:]:
-        name = f"{name}+{reduction}"
-        merged = _merged(group, outcome, merged)
-    return merged, (None if system is None else system.active_system(qp), name)
+        found, done = first_try(qp, saddle(reduction), group, settings, tolerance, convex)
+        outcome = found if outcome is None else _merged(group, found, outcome)
+        polished.append((group, done))
+        lost = group
+        # Twice more, holding every row; then from a start that almost forgets them.
+        for weight in (1.0, LIGHT):
+            lost = lost & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
+            if not thorough or not waiting.some(lost):
+                break
+            found, done = _attempt(
+                qp, saddle("primal"), lost, settings, tolerance, convex=False, hold=True, weight=weight
+            )
+            better = lost & (found.residual < outcome.residual)
+            outcome = _merged(better, found, outcome)
+            polished.append((better, done))
+    assert outcome is not None
+    system = _active_system(qp, saddles, polished) if thorough else None
+    return outcome, (system, "+".join(reduction for reduction, _ in groups))
 
 
-class _System(NamedTuple):
-    """The rows of C in the final active sets, and the factored system for them."""
-
-    active: Tensor
-    factor: Factor
-
-    def active_system(self, qp: ScaledQP) -> ActiveSystem:
-        row, lower, upper = qp.split(self.active)
-        return ActiveSystem(
-            self.factor, qp.scaling, row, lower if qp.has_lower else None, upper if qp.has_upper else None
-        )
-
-
-def _again(
-    qp: ScaledQP, system: _System | None, lost: Tensor, outcome: interior_point.Outcome, settings: Settings,
-    tolerance: float,
-) -> tuple[interior_point.Outcome, _System | None]:  # fmt: skip
-    """Try lost instances twice more in the n x n form, holding every row; then from a start that almost forgets them.
+def _active_system(
+    qp: ScaledQP, saddles: dict[str, Saddle], polished: list[tuple[Tensor, Polished | None]]
+) -> ActiveSystem | None:
+    """Return the system of the final active sets, of each instance by the reduction that solved it, whatever the
+    others needed; ``None`` if nobody polished.
 
     Args:
-        system: that of the first attempt, if it is of use.
+        saddles: those in use, by their reductions; that of the first group first.
+        polished: what solved where; all but the first by ``"primal"``.
     """
-    saddle = Saddle(qp.Q, qp.A, qp.G, "primal", regularisation(qp.scaling, "primal"))
-    for weight in (1.0, LIGHT):
-        found, done = _attempt(qp, saddle, lost, settings, tolerance, convex=False, hold=True, weight=weight)
-        better = lost & (found.residual < outcome.residual)
-        outcome = _merged(better, found, outcome)
-        if system is not None and done is not None:
-            active = torch.where(better.unsqueeze(-1), done.active, system.active)
-            system = _System(active, saddle.factor(active_rows(qp, active), final=True))
-        lost = lost & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
-        if not waiting.some(lost):
-            break
-    return outcome, system
+    _, done = polished[0]
+    if done is None:
+        return None
+    active, factor = done.active, done.factor
+    if polished[1:]:
+        others = torch.zeros(qp.batch, dtype=torch.bool, device=qp.q.device)
+        for where, done in polished[1:]:
+            assert done is not None
+            others, active = others | where, torch.where(where.unsqueeze(-1), done.active, active)
+        first = next(iter(saddles.values()))
+        saddle = first if first.reduction == "primal" else Mixed(others, saddles["primal"], first)
+        factor = saddle.factor(active_rows(qp, active), final=True)
+    row, lower, upper = qp.split(active)
+    return ActiveSystem(factor, qp.scaling, row, lower if qp.has_lower else None, upper if qp.has_upper else None)
 
 
 def _merged(where: Tensor, new: interior_point.Outcome, old: interior_point.Outcome) -> interior_point.Outcome:
@@ -260,7 +267,7 @@ def _attempt(
 ) -> Attempt:  # fmt: skip
     """Iterate, and polish if that is wanted."""
     outcome = interior_point.solve(qp, saddle, run, tolerance, settings.max_iterations, convex, hold, weight)
-    return _polished(qp, saddle, run, settings, outcome)
+    return _polished(qp, saddle, run, settings, outcome, tolerance, convex, hold)
 
 
 def _attempt_near(
@@ -278,7 +285,7 @@ def _attempt_near(
     rest = run & near.usable & ~all_served
     if waiting.some(rest):
         outcome = warm.from_near(qp, saddle, near, rest, tolerance, settings.max_iterations, convex)
-        outcome, done = _polished(qp, saddle, rest, settings, outcome)
+        outcome, done = _polished(qp, saddle, rest, settings, outcome, tolerance, convex)
         served = rest & (outcome.residual <= tolerance)
         attempts.append((served, (outcome, done)))
         all_served, spent = all_served | served, torch.where(rest, outcome.iterations, 0)
@@ -293,14 +300,24 @@ def _attempt_near(
 
 
 def _polished(
-    qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, outcome: interior_point.Outcome
-) -> Attempt:
+    qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, outcome: interior_point.Outcome, tolerance: float,
+    convex: bool, hold: bool = False,
+) -> Attempt:  # fmt: skip
     if not settings.polish:
         return outcome, None
     # An active set can be right long before the point is; whether it is, the polish finds out.
     close = run & (outcome.residual <= WORTH_POLISHING) & ~outcome.primal_infeasible
     done = polish(qp, saddle, outcome.state, outcome.residual, close)
-    return outcome._replace(state=done.state, residual=done.residual), done
+    outcome = outcome._replace(state=done.state, residual=done.residual)
+    # Where small multipliers meet small slacks, a point this accurate does not tell yet which rows are active.
+    unsure = close & ~done.accepted & (outcome.residual <= tolerance) & (outcome.residual > ENOUGH)
+    if not waiting.some(unsure):
+        return outcome, done
+    more = interior_point.solve(qp, saddle, unsure, ENOUGH, FURTHER, convex, hold, begin=outcome.state)
+    again = polish(qp, saddle, more.state, more.residual, unsure)
+    outcome = outcome._replace(iterations=outcome.iterations + more.iterations)
+    found = outcome._replace(state=again.state, residual=again.residual)
+    return _either(qp, saddle, unsure & (again.residual < outcome.residual), (found, again), (outcome, done))
 
 
 def _nonconvex(qp: ScaledQP) -> Tensor:

@@ -28,10 +28,12 @@ STRUCTURES: dict[str, Callable[..., KnownProblem]] = {
 }  # fmt: skip
 
 
-def solved(arguments: Arguments, keep: Tensor | None = None) -> tuple[diffopt.Solution, dict[str, Tensor]]:
+def solved(
+    arguments: Arguments, keep: Tensor | None = None, settings: diffopt.Settings | None = None
+) -> tuple[diffopt.Solution, dict[str, Tensor]]:
     """Solve, and pull fixed cotangents of x and the multipliers of kept instances back."""
     leaves = measures.tracked(arguments)
-    solution = diffopt.solve_qp(**leaves, on_failure="return")
+    solution = diffopt.solve_qp(**leaves, settings=settings, on_failure="return")
     total = solution.x.new_zeros(())
     for name in ("x", "nu", "lam", "lam_lower", "lam_upper"):
         value = getattr(solution, name)
@@ -139,6 +141,40 @@ def test_neighbours_change_no_bit(structure: str, shared: bool, dtype: torch.dty
                 # The spoiled instance was masked: exactly zero, not NaN.
                 assert not gradients_after[name][spoiled].any(), (how, name)
             assert torch.equal(left, right), (how, name)
+
+
+NEIGHBOURS: dict[str, Arguments] = {
+    "ordinary": known.quadratic_program(8, 6, 2, 4, bounds="both").arguments(),
+    "another elimination": known.quadratic_program(8, 6, 2, 4, bounds="both", singular=True).arguments(),
+    "more attempts": known.infeasible_program(9, 6, 2, 4, bounds="both", kind="rows", violation=1e-6).arguments(),
+    "kinks": known.degenerate_program(9, 6, 2, 4, weak=2, bounds="both").arguments(),
+}
+
+
+@pytest.mark.parametrize("kink_rule", ["inactive", "active", "central", "minimum_norm", "nan"])
+@pytest.mark.parametrize("executor", ["cpu", "torch"])
+@pytest.mark.parametrize("kinks", [0, 2])
+def test_what_a_neighbour_needs_changes_no_bit(kinks: int, executor: Any, kink_rule: Any) -> None:
+    """Two instances, beside one with kinks or without."""
+    problem = known.quadratic_program(3, 6, 2, 4, bounds="both", batch=(4,), condition=10.0)
+    arguments = problem.arguments()
+    weak = known.degenerate_program(19, 6, 2, 4, weak=kinks, bounds="both").arguments()
+    settings = diffopt.Settings(executor=executor, kink_rule=kink_rule)
+    keep = torch.tensor([1, 3] if kinks and kink_rule == "nan" else [0, 1, 3])
+    seen: list[tuple[diffopt.Solution, dict[str, Tensor]]] = []
+    for neighbour in NEIGHBOURS.values():
+        data = {name: value.clone() for name, value in arguments.items() if value is not None}
+        for name, value in data.items():
+            value[0], value[2] = weak[name], neighbour[name]
+        seen.append(solved(data, keep, settings))
+    first, gradients = seen[0]
+    assert bool(first.ok.all()) and first.weakly_active.tolist() == [kinks, 0, 0, 0]
+    for how, (after, gradients_after) in zip(list(NEIGHBOURS)[1:], seen[1:], strict=True):
+        for name in (*measures.OUTPUTS, "weakly_active", "dependent", "adjoint"):
+            assert torch.equal(getattr(first, name)[keep], getattr(after, name)[keep]), (how, name)
+        for name, gradient in gradients.items():
+            assert bool(gradient[keep].isfinite().all())
+            assert torch.equal(gradient[keep], gradients_after[name][keep]), (how, name)
 
 
 def test_an_instance_does_not_depend_on_its_place() -> None:

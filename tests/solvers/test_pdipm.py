@@ -1,5 +1,6 @@
 """The primary solver on ordinary, degenerate and impossible data: status, accuracy, certificates."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 import diffopt
-from diffopt import Diagonal, Settings, Status
+from diffopt import Diagonal, Settings, Status, waiting
+from diffopt.linalg.saddle import Factor
+from diffopt.solvers.newton_system import NewtonSystem
 
 f64 = torch.float64
 EXECUTORS = [("torch", "dual"), ("torch", "primal"), ("cpu", "dual")]
@@ -325,3 +328,33 @@ def test_unboundedness_is_proven_where_pivots_do_not_show_a_singular_hessian(exe
     Q, q = singular_along(500, 10, curvature=1e-7)
     solution = diffopt.solve_qp(Q, q, settings=Settings(executor=executor), on_failure="return")
     assert (solution.status == Status.SOLVED).all()
+
+
+@pytest.mark.parametrize(("owner", "name", "call"), [(NewtonSystem, "step", 5), (Factor, "solve_accurately", 1)])
+def test_torch_operations_are_interrupted_and_leave_nothing_behind(monkeypatch, owner, name, call):
+    """In the middle of the iteration, and of the reverse pass."""
+    Q, q, A, b, G, h = optnet(4, 6, 6, 2)
+    settings = Settings(executor="torch", sync=False)
+    ordinary, calls = getattr(owner, name), []
+
+    def pressed(self, *args):
+        calls.append(args)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)  # as Ctrl-C does
+        return ordinary(self, *args)
+
+    def run(interrupted=False):
+        leaf = q.clone().requires_grad_()
+        if interrupted and owner is NewtonSystem:
+            monkeypatch.setattr(owner, name, pressed)
+        x = diffopt.solve_qp(Q, leaf, A, b, G, h, settings=settings, on_failure="return").x
+        if interrupted:
+            monkeypatch.setattr(owner, name, pressed)
+        return torch.autograd.grad(x.square().sum(), leaf)[0]
+
+    expected = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted=True)
+    assert len(calls) == call and torch.is_grad_enabled() and waiting.allowed()
+    monkeypatch.undo()
+    assert torch.equal(run(), expected)
