@@ -66,6 +66,7 @@ def named(name: str) -> Family:
 FOUND = [
     ("linear, many solutions", 28_000_560),  # every feasible point is optimal: centring waited for the gap
     ("linear, many solutions", 28_000_631),
+    ("linear, many solutions", 28_000_101),  # given up, where a singular Q gets no shift
     ("infeasible by 1e-6", 39_000_128),  # proven only in units of the violation
     ("infeasible by 1e-6", 39_000_137),
     ("Q with eigenvalues down to 1e-10", 23_000_095),  # x was off by 0.3, where curvature is less than the shift was

@@ -1102,3 +1102,15 @@ def test_gradients_that_are_written_around_the_caches_have_the_same_bits() -> No
     for begin in (0, 17, 34):
         part = slice(begin, begin + 17)
         assert all(torch.equal(a[part], b) for a, b in zip(whole, gradients(part), strict=True))
+
+
+def test_the_polish_mends_an_active_set_rather_than_wait_for_the_method_to_find_it() -> None:
+    g = torch.Generator().manual_seed(0)
+    n, batch = 50, 64
+    U, G, inside = (torch.randn(batch, *shape, dtype=f64, generator=g) for shape in ((n, n), (n, n), (n,)))
+    Q = U @ U.mT + 1e-3 * torch.eye(n, dtype=f64)
+    q, slack = (torch.rand(batch, n, dtype=f64, generator=g) for _ in range(2))
+    h = (G @ inside.unsqueeze(-1)).squeeze(-1) + slack
+    solution = diffopt.solve_qp(Q, q, G=G, h=h, settings=diffopt.Settings(executor="cpu"))
+    steps = float(solution.iterations.double().mean())
+    assert steps <= 6.7, steps  # (without, 7.1)
