@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from diffopt import kkt, transforms
-from diffopt.backends.base import ALMOST
 from diffopt.cones import kinds
 from diffopt.errors import BackendUnsupported, ParameterError, SettingsError, ShapeError
 from diffopt.gates import gate
@@ -22,7 +21,7 @@ from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank, Symmet
 from diffopt.problems.forms import Form, QPForm, require_tensor
 from diffopt.problems.structure import Declared, declare
 from diffopt.shapes import check_same_kind
-from diffopt.solution import Certificate, Report, Shifts, Solution, Status
+from diffopt.solution import Certificate, Report, Shifts, Solution, Status, graded, succeeded
 
 WEIGHT = 1e3
 """Weight of a soft constraint where none is given."""
@@ -516,11 +515,8 @@ def _judged(form: Form, point: kkt.Point, least: Solution, found: Solution, tole
     own = torch.stack(kkt.residuals(form, point))
     residuals = torch.maximum(own, least.report.residuals)
     worst = residuals.amax(0)
-    status = torch.where(worst <= max(ALMOST, tolerance), int(Status.ALMOST_SOLVED), int(Status.NUMERICAL_ERROR))
-    status = torch.where(worst <= tolerance, int(Status.SOLVED), status).to(torch.int8)
-    status = torch.where(found.ok, status, found.status)
-    ok = (status == int(Status.SOLVED)) | (status == int(Status.ALMOST_SOLVED))
-    return _Verdict(status, residuals, found.ok & ~ok)
+    status = torch.where(found.ok, graded(worst, tolerance), found.status)
+    return _Verdict(status, residuals, found.ok & ~succeeded(status))
 
 
 def _remaining(first: Solution, second: Solution, use: Tensor, status: Tensor) -> Certificate | None:

@@ -19,7 +19,7 @@ from diffopt.linalg.scaling import Scaling, equilibrate, regularisation
 from diffopt.packed import Packed
 from diffopt.problems.forms import Derivatives, Form, QPForm
 from diffopt.shapes import matvec, max_abs, rmatvec
-from diffopt.solution import Certificate, Residuals, Status
+from diffopt.solution import Certificate, Residuals, succeeded
 
 
 class Point(NamedTuple):
@@ -36,7 +36,7 @@ class Point(NamedTuple):
 
 def failed(status: Tensor) -> Tensor:
     """Return which instances have no solution, ``(*batch,)``."""
-    return (status != Status.SOLVED) & (status != Status.ALMOST_SOLVED)
+    return ~succeeded(status)
 
 
 def safe(point: Point, failed: Tensor) -> Point:

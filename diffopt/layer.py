@@ -25,7 +25,7 @@ from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.precision import full_precision, lowered, raised
 from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import REMEDIES, Certificate, Report, Solution, Status, eigenvalues
+from diffopt.solution import REMEDIES, Certificate, Report, Solution, Status, eigenvalues, succeeded
 from diffopt.solvers.settings import Settings
 from diffopt.warm_start import Start
 
@@ -471,7 +471,7 @@ def _report(solution: Solution, on_failure: OnFailure) -> None:
     if bool((status == Status.SOLVED).all()):
         return
     almost = (status == Status.ALMOST_SOLVED).nonzero().tolist()
-    failed = ((status != Status.SOLVED) & (status != Status.ALMOST_SOLVED)).nonzero().tolist()
+    failed = (~succeeded(status)).nonzero().tolist()
     if failed and on_failure == "raise":
         raise SolveFailed(_failure_message(solution, status, failed), solution)
     if almost:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from diffopt import implicit, kkt, transforms
-from diffopt.backends.base import ALMOST
 from diffopt.cones import kinds
 from diffopt.errors import BackendUnsupported, InaccurateSolutionWarning
 from diffopt.gates import aliases, moved_like
 from diffopt.problems.barrier import BarrierForm, with_ridge
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import Solution, Status
+from diffopt.solution import ALMOST, Solution, Status
 from diffopt.solvers import central_path
 from diffopt.solvers.executor import Data
 from diffopt.solvers.settings import Settings

@@ -23,7 +23,7 @@ from diffopt.linalg.matrices import Diagonal
 from diffopt.problems.barrier import BarrierForm
 from diffopt.problems.forms import Form, QPForm
 from diffopt.shapes import matvec
-from diffopt.solution import ALMOST, Report, Solution, Status
+from diffopt.solution import Report, Solution, Status, graded
 from diffopt.solvers.settings import Settings
 
 
@@ -87,9 +87,7 @@ def select(form: QPForm, first: Solution, settings: Settings, solve: Callable[[Q
     with torch.no_grad():
         rounded = kkt.Point(*(v.detach().to(form.dtype).double() for v in point))
         residuals = torch.stack(kkt.residuals(exact.detach(), rounded)).to(first.report.residuals.dtype)
-        worst, tolerance = residuals.amax(0), settings.tolerance_for(form.dtype)
-        status = torch.where(worst <= max(ALMOST, tolerance), int(Status.ALMOST_SOLVED), int(Status.NUMERICAL_ERROR))
-        status = torch.where(worst <= tolerance, int(Status.SOLVED), status)
+        status = graded(residuals.amax(0), settings.tolerance_for(form.dtype))
         status = torch.where(second.ok, status, int(Status.NUMERICAL_ERROR))
         failed = use & (status == int(Status.NUMERICAL_ERROR))
         status = torch.where(use, status, first.status).to(torch.int8)

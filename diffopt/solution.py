@@ -38,6 +38,19 @@ the units in which a backend solves): far above what rounding does to a semidefi
 
 _SOLVED, _ALMOST_SOLVED = int(Status.SOLVED), int(Status.ALMOST_SOLVED)
 
+
+def succeeded(status: Tensor) -> Tensor:
+    """Return which instances have a solution: those SOLVED or ALMOST_SOLVED."""
+    # (Numbers: torch.compile takes the comparison of a tensor with a member of an enumeration for False.)
+    return (status == _SOLVED) | (status == _ALMOST_SOLVED)
+
+
+def graded(worst: Tensor, tolerance: float) -> Tensor:
+    """Return the int8 status of points by their worst relative residual: SOLVED, ALMOST_SOLVED or NUMERICAL_ERROR."""
+    status = torch.where(worst <= max(ALMOST, tolerance), _ALMOST_SOLVED, int(Status.NUMERICAL_ERROR))
+    return torch.where(worst <= tolerance, _SOLVED, status).to(torch.int8)
+
+
 REMEDIES: dict[Status, str] = {
     Status.UNSOLVED: "no solver has run on it",
     Status.MAX_ITERATIONS: "raise `Settings.max_iterations`, loosen `Settings.tolerance`, or rescale the data",
@@ -233,8 +246,7 @@ class Solution:
     @property
     def ok(self) -> Tensor:
         """True where an instance was solved, ``(*batch,)``; mask with ``sol.x[sol.ok]``."""
-        # (Numbers: torch.compile takes the comparison of a tensor with a member of an enumeration for False.)
-        return (self.status == _SOLVED) | (self.status == _ALMOST_SOLVED)
+        return succeeded(self.status)
 
     def __repr__(self) -> str:
         counts = status_counts(self.status)

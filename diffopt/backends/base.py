@@ -16,7 +16,7 @@ from diffopt.cones import kinds
 from diffopt.errors import BackendUnsupported
 from diffopt.living import Living
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import ALMOST, INDEFINITE, Certificate, Residuals, Status
+from diffopt.solution import INDEFINITE, Certificate, Residuals, Status, graded, succeeded
 from diffopt.solvers.settings import Settings
 from diffopt.warm_start import Start
 
@@ -164,14 +164,10 @@ def _residuals(form: Form, point: kkt.Point) -> Residuals:
 
 def _checked(status: Tensor, worst: Tensor, tolerance: float) -> Tensor:
     """Return statuses in which every claim of success is backed by recomputed residuals."""
-    almost = max(ALMOST, tolerance)
-    claimed = (status == Status.SOLVED) | (status == Status.ALMOST_SOLVED)
-    graded = torch.full_like(status, Status.NUMERICAL_ERROR)
-    graded = torch.where(worst <= almost, Status.ALMOST_SOLVED, graded)
-    graded = torch.where(worst <= tolerance, Status.SOLVED, graded)
+    found = graded(worst, tolerance)
     # A solver that gave up may still stand on a good point: believe the residuals, both ways.
     stopped = (status == Status.MAX_ITERATIONS) | (status == Status.NUMERICAL_ERROR)
-    return torch.where(claimed, graded, torch.where(stopped & (worst <= almost), graded, status)).to(torch.int8)
+    return torch.where(succeeded(status) | (stopped & succeeded(found)), found, status).to(torch.int8)
 
 
 def _installed(package: str) -> bool:

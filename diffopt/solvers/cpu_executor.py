@@ -22,7 +22,7 @@ from torch import Tensor
 from diffopt.errors import BackendError, warn_of_gradients
 from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank
 from diffopt.packed import Arrangement, Packed, model
-from diffopt.solution import ALMOST, Certificate, Status
+from diffopt.solution import ALMOST, Certificate, Status, succeeded
 from diffopt.solvers import library
 from diffopt.solvers.executor import Answer, Data, Executor, Point
 from diffopt.solvers.settings import Settings
@@ -294,7 +294,7 @@ def _collect(layout: _Layout, report: Tensor, point: Point, which: tuple[str, ..
     """Write the gradients of shared matrices into ``found``: the sums of the outer products of all instances."""
     # (The gradients of an instance that failed are zero, or NaN if they were asked for: NaN in the product, then.)
     status = layout.arrangement.status(report)
-    usable = ((status == Status.SOLVED) | (status == Status.ALMOST_SOLVED)).unsqueeze(-1)
+    usable = succeeded(status).unsqueeze(-1)
 
     def flat(v: Tensor) -> Tensor:
         return torch.where(usable, v, 0.0).flatten(0, -2)

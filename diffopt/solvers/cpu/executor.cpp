@@ -284,11 +284,11 @@ DIFFOPT_API int64_t diffopt_certificate(const Call* call, int64_t i, double* tar
 namespace diffopt {
 namespace {
 
-// Instances [first, last), before `next`.
+// Instances [first, last) of those up to `end` that this thread has.
 template <class P, class T> void pull_group(const Call& call, const Places& places, const Gradients& g, Index first, Index last,
-                                            Index next, PullbackWork& work) {
+                                            Index end, PullbackWork& work) {
     if (places.small) return pull_lanes<P, T>(call.batch, call.answer, places, g, first, last, work);
-    for (Index i = first; i < last; i++) pull_back<T>(call.batch, call.answer, places, g, i, std::min(i + 1, next), work);
+    for (Index i = first; i < last; i++) pull_back<T>(call.batch, call.answer, places, g, i, std::min(i + 1, end - 1), work);
 }
 
 }  // namespace
@@ -326,10 +326,10 @@ DIFFOPT_API int64_t diffopt_pullback(const Call* call, const Gradients* gradient
             for (Index i = begin + chunk * per_chunk; i < last;) {
                 const bool lanes = places.grouped(i);
                 const Index next = lanes ? std::min<Index>(i + W, last) : i + 1;
-                if (lanes && batch.single) pull_group<Lanes, float>(*call, places, *gradients, i, next, last - 1, work);
-                else if (lanes) pull_group<Lanes, double>(*call, places, *gradients, i, next, last - 1, work);
-                else if (batch.single) pull_group<Alone, float>(*call, places, *gradients, i, next, last - 1, work);
-                else pull_group<Alone, double>(*call, places, *gradients, i, next, last - 1, work);
+                if (lanes && batch.single) pull_group<Lanes, float>(*call, places, *gradients, i, next, last, work);
+                else if (lanes) pull_group<Lanes, double>(*call, places, *gradients, i, next, last, work);
+                else if (batch.single) pull_group<Alone, float>(*call, places, *gradients, i, next, last, work);
+                else pull_group<Alone, double>(*call, places, *gradients, i, next, last, work);
                 i = next;
             }
             poor += work.poor;
