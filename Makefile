@@ -104,7 +104,7 @@ sanitize-suite: $(VENV)/installed-test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 DIFFOPT_CPU_LIBRARY=$(CURDIR)/build/sanitize/libdiffopt_cpu_$(SANITIZE_VARIANT).so \
 		$(PYTEST) -m "not slow" -k "(pdipm or cpu_executor) and not pdipm-torch and not interrupted" \
-		tests/test_contract.py tests/solvers/test_cpu_executor.py
+		tests/test_contract.py tests/solvers/test_cpu_*.py
 
 transforms: $(VENV)/installed-test build/cpu/built
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/test_transforms.py

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -351,7 +353,7 @@ def test_without_what_torch_may_lack(monkeypatch):
     assert torch.func.jacrev(lambda q: diffopt.solve_qp(**data | {"q": q}).x)(data["q"]).any()
 
 
-def test_jacobians_have_the_same_bits_by_any_number_of_threads() -> None:
+def test_jacobians_have_the_same_bits_by_any_number_of_threads(threads: Callable[[int], None]) -> None:
     data = known.quadratic_program(3, 60, 5, 40, bounds="mixed").arguments()
     given = {name: v for name, v in data.items() if v is not None}
     sides = given["q"], given["b"], given["h"]
@@ -360,15 +362,12 @@ def test_jacobians_have_the_same_bits_by_any_number_of_threads() -> None:
     def x(q, b, h):
         return diffopt.solve_qp(**(given | {"q": q, "b": b, "h": h})).x
 
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            # The first by an inverse, which one thread forms; the vectors of the second are shared out.
-            several = torch.func.vmap(torch.func.vjp(x, *sides)[1])(vectors)
-            found.append((*torch.func.jacrev(x, (0, 1, 2))(*sides), *several))
-    finally:
-        torch.set_num_threads(before)
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        # The first by an inverse, which one thread forms; the vectors of the second are shared out.
+        several = torch.func.vmap(torch.func.vjp(x, *sides)[1])(vectors)
+        found.append((*torch.func.jacrev(x, (0, 1, 2))(*sides), *several))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
     for jacobian, product in zip(found[0][:3], found[0][3:], strict=True):
         assert measures.relative(product, vectors @ jacobian) <= EXACT_ALGEBRA
