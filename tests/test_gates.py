@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import diffopt
 from diffopt import Settings, SolveFailed, Status
@@ -51,26 +52,52 @@ def test_unmasked_failure_gives_nan_and_only_there(output):
     assert got[3].isnan().any(-1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("output", [*OUTPUTS, "nu"])
-@pytest.mark.parametrize("failure", ["nan", "crossed", "infeasible"])
-def test_every_failure_gives_nan_in_all_data(output, failure):
+def one_failed(failure):
+    """Return data of two instances, by name, of which the second has failed."""
     g = torch.Generator().manual_seed(0)
-    Q, q = torch.eye(2, dtype=f64).repeat(2, 1, 1), torch.randn(2, 2, dtype=f64, generator=g)
-    A, b = torch.ones(2, 1, 2, dtype=f64), torch.zeros(2, 1, dtype=f64)
-    G, h = torch.ones(2, 1, 2, dtype=f64), torch.ones(2, 1, dtype=f64)
-    lower, upper = -torch.ones(2, 2, dtype=f64), torch.ones(2, 2, dtype=f64)
+    data = {
+        "Q": torch.eye(2, dtype=f64).repeat(2, 1, 1),
+        "q": torch.randn(2, 2, dtype=f64, generator=g),
+        "A": torch.ones(2, 1, 2, dtype=f64),
+        "b": torch.zeros(2, 1, dtype=f64),
+        "G": torch.ones(2, 1, 2, dtype=f64),
+        "h": torch.ones(2, 1, dtype=f64),
+        "lower": -torch.ones(2, 2, dtype=f64),
+        "upper": torch.ones(2, 2, dtype=f64),
+    }
     if failure == "nan":
-        q[1, 0] = torch.nan
+        data["q"][1, 0] = torch.nan
     elif failure == "crossed":
-        lower[1, 0] = 2.0
+        data["lower"][1, 0] = 2.0
     else:
-        h[1] = -1.0
-    data = [t.requires_grad_() for t in (Q, q, A, b, G, h, lower, upper)]
-    value = getattr(diffopt.solve_qp(*data, on_failure="return"), output)
-    for name, slope in zip(
-        ["Q", "q", "A", "b", "G", "h", "lower", "upper"], torch.autograd.grad(value.sum(), data), strict=True
-    ):
+        data["h"][1] = -1.0
+    return data
+
+
+FAILURES = ["nan", "crossed", "infeasible"]
+
+
+@pytest.mark.parametrize("output", [*OUTPUTS, "nu"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_every_failure_gives_nan_in_all_data(output, failure):
+    data = {name: v.requires_grad_() for name, v in one_failed(failure).items()}
+    value = getattr(diffopt.solve_qp(**data, on_failure="return"), output)
+    for name, slope in zip(data, torch.autograd.grad(value.sum(), list(data.values())), strict=True):
         assert slope[0].isfinite().all() and slope[1].isnan().any(), name
+
+
+@pytest.mark.parametrize("executor", ["torch", "auto"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_every_failure_gives_nan_in_every_output_in_forward_mode(failure, executor):
+    data = one_failed(failure)
+    settings = Settings(executor=executor)
+    for name in data:
+        with forward_ad.dual_level():
+            moved = data | {name: forward_ad.make_dual(data[name], torch.ones_like(data[name]))}
+            solution = diffopt.solve_qp(**moved, settings=settings, on_failure="return")
+            for output in (*OUTPUTS, "nu"):
+                tangent = forward_ad.unpack_dual(getattr(solution, output)).tangent
+                assert tangent[0].isfinite().all() and tangent[1].isnan().all(), (name, output)
 
 
 def test_failure_in_forward_mode():
