@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffopt import implicit, infeasible, operators, pulled, relaxed, selected, transformed, transforms, warm_start
+from diffopt import dispatch, failures, infeasible, operators, warm_start
 from diffopt.backends.base import Backend
-from diffopt.backends.registry import choose, get
-from diffopt.errors import (
-    InaccurateSolutionWarning,
-    NotDifferentiableError,
-    ParameterError,
-    SettingsError,
-    SolveFailed,
-)
+from diffopt.backends.registry import get
+from diffopt.errors import ParameterError, SettingsError
+from diffopt.failures import OnFailure
 from diffopt.infeasible import Elastic
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.precision import full_precision, lowered, raised
 from diffopt.problems.base import DifferentiableProblem, Params
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import REMEDIES, Certificate, Report, Solution, Status, eigenvalues, succeeded
+from diffopt.solution import Solution
 from diffopt.solvers.settings import Settings
 from diffopt.warm_start import Start
 
-OnFailure = Literal["raise", "return"]
 OnInfeasible = Elastic | Literal["elastic", "closest"] | None
 _DEFAULT = Settings()
-MOST_NAMED = 8
-ROUNDED = 1e-12
-"""Negative eigenvalue, relative to the largest magnitude of one, that may be rounding error."""
 
 
 class Layer(nn.Module):
@@ -262,12 +252,12 @@ def _solve_form(
 ) -> Solution:  # fmt: skip
     near = None if start is None else warm_start.read(start)
     if policy is None:
-        solution, reported = _attached(form, backend, settings, on_failure, near)
+        solution, reported = dispatch.attached(form, backend, settings, on_failure, near)
     else:
         _refuse_together(form, settings, policy, near)
 
         def each(form: QPForm) -> Solution:
-            return _attached(form, backend, settings, "return", None)[0]
+            return dispatch.attached(form, backend, settings, "return", None)[0]
 
         solution = infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype))
         reported = False
@@ -275,7 +265,7 @@ def _solve_form(
         return solution
     if torch.compiler.is_compiling():
         return operators.reported(solution, on_failure)
-    _report(solution, on_failure)
+    failures.report(solution, on_failure)
     return solution
 
 
@@ -299,231 +289,6 @@ def _refuse_together(form: Form, settings: Settings, policy: infeasible.Policy, 
             "`relaxation` and on_infeasible='closest' do not go together: the closest problem has no interior, "
             "and so no central path. Use on_infeasible='elastic', or leave `relaxation` out."
         )
-
-
-def _attached(
-    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
-) -> tuple[Solution, bool]:
-    """Return the solution, attached to the form, and whether no more need be said about its failures."""
-    if settings.selection is not None:
-        return _selected(form, backend, settings, on_failure, near)
-    if settings.relaxation is None:
-        return _exactly(form, backend, settings, on_failure, near)
-    relaxed.check(form)
-    if torch.compiler.is_compiling():
-        return _exactly(form, backend, settings, on_failure, near)  # (the operators know of it)
-    if any(map(transforms.mapped_here, form.tensors().values())):
-        return _mapped(form, backend, settings, on_failure, near), True
-    solution, reported = _exactly(form, backend, settings, on_failure, near)
-    if not implicit.needs_graph(form):
-        return solution, reported
-
-    def work(plain: Form) -> Any:
-        return choose(backend, plain).solve(plain, settings)
-
-    return relaxed.relax(form, solution, settings, work, _plainly), reported
-
-
-def _selected(
-    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
-) -> tuple[Solution, bool]:
-    selected.check(form)
-    assert isinstance(form, QPForm)
-    if torch.compiler.is_compiling():
-        raise NotDifferentiableError(
-            "Settings(selection=...) does not go inside torch.compile or torch.export. Call the layer outside."
-        )
-    if any(map(transforms.mapped_here, form.tensors().values())):
-        return _mapped(form, backend, settings, on_failure, near), True
-    if transforms.active():
-        raise NotDifferentiableError(
-            "Settings(selection=...) does not go inside the derivatives of torch.func, because it looks at values. Use "
-            "torch.autograd.grad or backward; torch.func.vmap over the data does go."
-        )
-    inner = settings.replace(selection=None)
-
-    def second(form: QPForm) -> Solution:
-        return _exactly(form, backend, inner, "return", None)[0]
-
-    first, _ = _exactly(form, backend, inner, "return", near)
-    return selected.select(form, first, settings, second), False
-
-
-def _exactly(
-    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
-) -> tuple[Solution, bool]:
-    if torch.compiler.is_compiling():
-        return operators.solution(form, backend, settings, on_failure, near), True
-    if transforms.active():
-        return _transformed(form, backend, settings, on_failure, near), True
-    if near is not None:
-        near = warm_start.fitted(near, form)
-    solver = choose(backend, form)
-    attached = implicit.needs_graph(form)
-    found = solver.solve(form, settings, attached, near)
-    solution = pulled.attach_solved(form, found, attached, settings.kink_rule, settings.weak_tolerance_for(form.dtype))
-    return solution, found.solved
-
-
-def _plainly(form: Form, work: Callable[[Form], relaxed.Found]) -> relaxed.Found:
-    """Call a function with the form over plain tensors, also inside the transforms of ``torch.func``."""
-    if not transforms.active():
-        with torch.no_grad():
-            return work(form.detach())
-    done: list[relaxed.Found] = []
-
-    def run(inner: Form) -> tuple[Tensor, ...]:
-        done.append(work(inner.detach()))
-        return (*implicit.flatten(done[0].prepared), done[0].residual, done[0].failed)
-
-    call = transforms.Call(form, run, implicit.BATCH_SECOND, all_layers=True)
-    tensors = (tensor.detach() for tensor in form.tensors().values())
-    *prepared, residual, failed = transforms.Unwrapped.apply(call, *tensors)
-    return relaxed.Found(implicit.unflatten(done[0].prepared, tuple(prepared)), residual, failed)
-
-
-def _transformed(
-    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
-) -> Solution:
-    """Solve inside transforms of ``torch.func``.
-
-    Is the innermost a vmap over the data, then the mapped dimension becomes a leading batch dimension, and the rest is
-    an ordinary call, by the fastest way that there is. Otherwise a derivative is being taken: the problem is solved on
-    tensors unwrapped to the last, and the solution attached to the wrapped ones: by its solver's own derivative where
-    nobody takes a derivative of that, else by its Newton step, which torch then transforms as it does any function.
-    """
-    tensors = form.tensors().values()
-    if any(map(transforms.mapped_here, tensors)):
-        return _mapped(form, backend, settings, on_failure, near)
-    rule, weak_tolerance = settings.kink_rule, settings.weak_tolerance_for(form.dtype)
-    known: Any = None
-    layers = transforms.layers_of(tensors)
-    if layers is not None:
-        with transforms.outside():
-            plain = layers.plain(form)
-            first = None if near is None else warm_start.fitted(layers.start(near, form), plain)
-            known = choose(backend, plain).solve(plain, settings, True, first)
-            if settings.sync and not known.solved:
-                _report(pulled.attach_solved(plain, known, False, rule, weak_tolerance), on_failure)
-        if isinstance(form, QPForm) and isinstance(plain, QPForm) and transformed.takes(known, rule):
-            return transformed.attach(form, plain, known, layers, weak_tolerance)
-        with transforms.outside():
-            known = known.unpacked()
-
-    def prepare(plain: Form) -> implicit.Prepared:
-        found = known
-        if found is None:
-            bare = None if near is None else warm_start.fitted(Start(*map(transforms.bare, near)), plain)
-            found = choose(backend, plain).solve(plain, settings, start=bare)
-        prepared = implicit.prepare(plain, found, rule, weak_tolerance)
-        if known is None and settings.sync:
-            _report(implicit.attach(plain, prepared), on_failure)
-        return prepared
-
-    return implicit.attach(form, implicit.prepared_inside(form, prepare), transformed=True)
-
-
-_FIELDS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status")
-
-
-def _mapped(
-    form: Form, backend: str | Backend, settings: Settings, on_failure: OnFailure, near: Start | None
-) -> Solution:
-    """Solve with the dimension that the innermost vmap maps as the first batch dimension."""
-    lead = len(form.batch_shape)
-    inside = None if near is None else Start(*(transforms.mapped_first(v, lead, 1) for v in near))
-    done: list[Solution] = []
-
-    def run(inner: Form) -> tuple[Tensor, ...]:
-        solution = _solve_form(inner, backend, settings, on_failure, start=inside)
-        done.append(solution)
-        certificate = () if solution.certificate is None else solution.certificate
-        relaxation = () if solution.gradient_residual is None else (solution.gradient_residual,)
-        return (*solution.report, *(getattr(solution, name) for name in _FIELDS), *certificate, *relaxation)
-
-    call = transforms.Call(form, run, second=2)
-    residuals, counts, *rest = transforms.Unwrapped.apply(call, *form.tensors().values())
-    (whole,) = done
-    fields, rest = rest[: len(_FIELDS)], rest[len(_FIELDS) :]
-    certificate, rest = ((), rest) if whole.certificate is None else (rest[:5], rest[5:])
-
-    def value() -> Tensor:
-        # On access, as elsewhere. (The tensors only say which dimension is mapped.)
-        again = transforms.Call(form, lambda _: (whole.value,), second=0)
-        return transforms.Unwrapped.apply(again, *form.tensors().values())[0]
-
-    return Solution(
-        **dict(zip(_FIELDS, fields, strict=True)),
-        report=Report(residuals, counts),
-        certificate=Certificate(*certificate) if certificate else None,
-        backend=whole.backend,
-        executor=whole.executor,
-        gradient=whole.gradient,
-        selection=whole.selection,
-        gradient_residual=rest[0] if rest else None,
-        _value=value,
-    )
-
-
-def _report(solution: Solution, on_failure: OnFailure) -> None:
-    """Warn of almost solved instances, and raise for failed ones if so asked."""
-    status = transforms.plain(solution.status)
-    if bool((status == Status.SOLVED).all()):
-        return
-    almost = (status == Status.ALMOST_SOLVED).nonzero().tolist()
-    failed = (~succeeded(status)).nonzero().tolist()
-    if failed and on_failure == "raise":
-        raise SolveFailed(_failure_message(solution, status, failed), solution)
-    if almost:
-        worst = transforms.plain(solution.residuals.worst())[status == Status.ALMOST_SOLVED].max()
-        warnings.warn(
-            f"{len(almost)} of {status.numel()} instances are only almost solved (worst relative residual "
-            f"{float(worst):.1e}; first at batch index {_index(almost[0])}). Loosen `Settings.tolerance` to accept "
-            f"them, or use a backend of higher accuracy.",
-            InaccurateSolutionWarning,
-            stacklevel=4,
-        )
-
-
-operators.report = _report
-
-
-def _failure_message(solution: Solution, statuses: Tensor, failed: list[list[int]]) -> str:
-    lines = [f"{len(failed)} of {statuses.numel()} instances were not solved by {solution.backend!r}:"]
-    seen: list[Status] = []
-    for index in failed[:MOST_NAMED]:
-        status = Status(int(statuses[tuple(index)]))
-        seen.append(status)
-        lines.append(f"  batch index {_index(index)}: {status.name}{_curvature(solution, status, index)}")
-    if len(failed) > MOST_NAMED:
-        lines.append(f"  and {len(failed) - MOST_NAMED} more")
-    lines += [f"{status.name}: {REMEDIES[status]}." for status in dict.fromkeys(seen)]
-    if solution.selection == "analytic_centre" and Status.NUMERICAL_ERROR in seen:
-        lines.append(
-            "Solutions that go on without end have no analytic centre; Settings(selection='minimum_norm') has."
-        )
-    lines.append(
-        "Pass on_failure='return' to get every instance with its status, and use those where `solution.ok` holds."
-    )
-    return "\n".join(lines)
-
-
-def _curvature(solution: Solution, status: Status, index: list[int]) -> str:
-    """Return what to say of the Hessian of a failed instance, if it is that which made it fail."""
-    if status != Status.NUMERICAL_ERROR or solution._hessian is None or transforms.active():
-        return ""
-    matrix = solution._hessian.dense()
-    found = eigenvalues(matrix.expand(*solution.status.shape, *matrix.shape[-2:])[tuple(index)].double())
-    least, largest = float(found[0]), float(found.abs().max())
-    if not least < -ROUNDED * largest:
-        return ""
-    return (
-        f" (Q is not positive semidefinite: its smallest eigenvalue is {least:.2e}, its largest {float(found[-1]):.2e})"
-    )
-
-
-def _index(index: list[int]) -> str:
-    return f"[{', '.join(map(str, index))}]" if index else "() (the only instance)"
 
 
 def _checked_backend(backend: str | Backend) -> str | Backend:

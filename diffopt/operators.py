@@ -11,20 +11,21 @@ operator returns a number instead, in a tensor whose memory owns it: when the me
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffopt import kkt, living, optimal_value, pulled, relaxed, transforms, warm_start
+from diffopt import failures, kkt, living, optimal_value, pulled, relaxed, transforms, warm_start
 from diffopt.backends.base import Backend
 from diffopt.backends.registry import choose
 from diffopt.errors import BackendError, NotDifferentiableError
+from diffopt.failures import OnFailure
 from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank, SymmetricMatrix
 from diffopt.problems.base import DifferentiableProblem, NonlinearForm
 from diffopt.problems.forms import Form, QPForm
@@ -32,14 +33,10 @@ from diffopt.solution import Report, Solution
 from diffopt.solvers.settings import Settings
 from diffopt.warm_start import Start
 
-OnFailure = Literal["raise", "return"]
 Found = TypeVar("Found")
 _MATRICES: dict[str, type[SymmetricMatrix]] = {
     "Dense": Dense, "Diagonal": Diagonal, "DiagonalPlusLowRank": DiagonalPlusLowRank,
 }  # fmt: skip
-
-report: Callable[[Solution, OnFailure], None] | None = None
-"""Warns and raises for what was not solved; ``layer`` puts it here."""
 
 
 class Spec(NamedTuple):
@@ -176,7 +173,6 @@ def solve(data: Sequence[Tensor], start: Sequence[Tensor], spec: str) -> Ten:
     parsed = read(spec)
     found, counts, reverse = _solved(data, start, parsed, parsed.keep)
     if parsed.settings.sync and not found.solved:
-        assert report is not None
         values = kkt.Point(*(v.detach() for v in found.point))
         whole = Solution(
             values.x, values.s, values.lam, values.nu, values.lam_lower, values.lam_upper, found.status,
@@ -184,7 +180,7 @@ def solve(data: Sequence[Tensor], start: Sequence[Tensor], spec: str) -> Ten:
             lambda: parsed.form([tensor.detach() for tensor in data]).objective(values.x),
             _hessian=getattr(parsed.form([tensor.detach() for tensor in data]), "Q", None),
         )  # fmt: skip
-        report(whole, parsed.on_failure)
+        failures.report(whole, parsed.on_failure)
     x, *rest = (*found.point, found.status, found.residuals.double().movedim(0, -1), counts.movedim(0, -1))
     # As the one below promises; and outputs of an operator must not share memory.
     copies = (part.clone(memory_format=torch.contiguous_format) for part in rest)
@@ -326,7 +322,6 @@ def checked(
     counts: Tensor, backend: str, on_failure: str,
 ) -> Six:  # fmt: skip
     """Return a point, having raised or warned for what was not solved."""
-    assert report is not None
     policy: Any = on_failure
     plain = [v.detach() for v in (x, s, nu, lam, lower, upper)]
     with transforms.plain_inside_an_operator():
@@ -335,7 +330,7 @@ def checked(
             report=Report(residuals, counts), certificate=None, backend=backend, executor="auto",
             _value=lambda: x.new_full(status.shape, torch.nan),
         )  # fmt: skip
-        report(whole, policy)
+        failures.report(whole, policy)
     return tuple(v.clone() for v in plain)  # type: ignore[return-value]
 
 

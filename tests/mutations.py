@@ -169,7 +169,7 @@ FAULTS = [
     Fault("nor where rows depend", "linalg/saddle.py", "torch.maximum(residual, lost)", "residual", "test_adjoint.py"),
     Fault("no NaN at dependent rows on request", "implicit.py", "failed | (counts[1:] > 0).any(0)", "failed | (counts[1:2] > 0).any(0)",
           "test_adjoint.py"),
-    Fault("eigenvalue of another instance", "layer.py", "[tuple(index)].double())", "[(0,) * len(index)].double())", "solvers/test_pdipm.py"),
+    Fault("eigenvalue of another instance", "failures.py", "[tuple(index)].double())", "[(0,) * len(index)].double())", "solvers/test_pdipm.py"),
     Fault("solutions of another Qx", "selected.py", "torch.where(mask, form.Q.matvec(at), 0.0)", "torch.where(mask, 0.9 * form.Q.matvec(at), 0.0)",
           "test_selected.py"),
     Fault("the set of solutions does not move with Qx", "selected.py", "form.Q.matvec(at), 0.0)", "form.Q.matvec(at).detach(), 0.0)", "test_selected.py"),

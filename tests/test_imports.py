@@ -27,11 +27,13 @@ ALLOWED = {
     "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "gates", "implicit"},
     "infeasible": GROUND | {"problems", "kkt", "backends", "transforms", "gates"},
     "selected": GROUND | {"problems", "solvers", "kkt", "gates", "optimal_value", "implicit", "relaxed"},
+    "failures": GROUND | {"transforms"},
     "operators": GROUND
-    | {"problems", "solvers", "kkt", "backends", "transforms", "optimal_value", "pulled", "relaxed"},
-    "layer": GROUND
-    | {"problems", "solvers", "backends", "transforms", "implicit", "pulled", "transformed", "infeasible", "relaxed"}
-    | {"selected", "operators"},
+    | {"problems", "solvers", "kkt", "backends", "transforms", "optimal_value", "pulled", "relaxed", "failures"},
+    "dispatch": GROUND
+    | {"problems", "solvers", "backends", "transforms", "implicit", "pulled", "transformed", "relaxed", "selected"}
+    | {"operators", "failures"},
+    "layer": GROUND | {"problems", "solvers", "backends", "infeasible", "operators", "failures", "dispatch"},
     "check": GROUND
     | {"problems", "solvers", "kkt", "backends", "implicit", "infeasible", "relaxed", "selected", "layer", "check"},
 } | {name: GROUND for name in GROUND}
