@@ -195,9 +195,10 @@ def test_more_active_rows_than_variables_depend_on_each_other() -> None:
         assert float(torch.autograd.grad(solution.x.sum(), q)[0].abs().max()) <= 1e-15
 
 
+@pytest.mark.parametrize("reduction", ["auto", "primal"])  # by the dual form, and by the general method
 @pytest.mark.parametrize("bounds", [None, "lower", "upper", "both", "mixed"])
 @pytest.mark.parametrize("size", SIZES)
-def test_kinks_follow_the_rule(size: str, bounds: known.Bounds) -> None:
+def test_kinks_follow_the_rule(size: str, bounds: known.Bounds, reduction: Any) -> None:
     """Weakly active rows are counted by the compiled code; the rule "inactive" is its own, others are the engine's."""
     problem = known.degenerate_program(
         5, *(SIZES[size] * v for v in (5, 1, 3)), weak=2 * SIZES[size], bounds=bounds, batch=(3,)
@@ -208,9 +209,9 @@ def test_kinks_follow_the_rule(size: str, bounds: known.Bounds) -> None:
     for rule in get_args(KinkRule):
         if rule == "nan":  # see test_adjoint.py
             continue
-        ours, found[rule] = pulled(data, weights, Settings(kink_rule=rule))
+        ours, found[rule] = pulled(data, weights, Settings(kink_rule=rule, reduction=reduction))
         theirs, expected = pulled(data, weights, Settings(kink_rule=rule, executor="torch"))
-        assert ours.executor == "cpu:dual"
+        assert ours.executor == ("cpu:dual" if reduction == "auto" else "cpu:primal")
         assert torch.equal(ours.weakly_active, problem.weakly_active), ours.weakly_active
         assert torch.equal(theirs.weakly_active, problem.weakly_active)
         for piece, gradient in expected.items():
