@@ -1,8 +1,8 @@
 """Plant faults in the core, one at a time, and see that a test fails for each: ``make mutations``.
 
-Each fault is one replacement in one file of a copy of the tree. A fault that no test notices
-("survived"), or a text that is no longer in the file, makes the run fail; so does one that takes out what handles a
-family of hard problems (`hard_families.py`, ``faults``) and fails no test of that family.
+Each fault is a replacement in a file of a copy of the tree, or several that take out one thing together. A fault that no
+test notices ("survived"), or a text that is no longer in its file, makes the run fail; so does one that takes out what
+handles a family of hard problems (`hard_families.py`, ``faults``) and fails no test of that family.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from hard_families import FAMILIES
 
 
 class Fault(NamedTuple):
-    """``name``; ``file`` below diffopt/; ``old`` becomes ``new``; ``tests`` that may notice it."""
+    """``name``; ``file`` below diffopt/; ``old`` becomes ``new``; ``tests`` that may notice it; ``also``: more (file, old,
+    new), where several pieces of code cover each other."""
 
     name: str
     file: str
     old: str
     new: str
     tests: str
+    also: tuple[tuple[str, str, str], ...] = ()
 
 
 GRADIENTS = "test_implicit.py test_active_system.py test_gates.py test_optimal_value.py test_pulled.py"
@@ -280,20 +282,21 @@ def main(words: list[str]) -> int:
         compile_quickly(copy)
         faulty_library = True
         for fault in faults:
-            path = copy / "diffopt" / fault.file
-            original = path.read_text()
-            if original.count(fault.old) < 1:
-                print(f"STALE     {fault.name}: text not found in {fault.file}")
+            changes = ((fault.file, fault.old, fault.new), *fault.also)
+            originals = {file: (copy / "diffopt" / file).read_text() for file, _, _ in changes}
+            stale = plant(changes, copy)
+            if stale:
+                print(f"STALE     {fault.name}: text not found in {stale}")
+                restore(originals, copy)
                 survived.append(fault.name)
                 continue
-            path.write_text(original.replace(fault.old, fault.new))
-            compiled = path.suffix in (".hpp", ".cpp")
+            compiled = any(file.endswith((".hpp", ".cpp")) for file in originals)
             if compiled or faulty_library:
                 subprocess.run(["make", "cpu"], cwd=copy, check=True, capture_output=True)
             faulty_library = compiled
             start = time.perf_counter()
             caught, missed = run_tests(fault, copy)
-            path.write_text(original)
+            restore(originals, copy)
             word = "caught" if caught and not missed else "SURVIVED"
             by = f"{caught[0]} and {len(caught) - 1} more" if caught else "nothing"
             but = f", not by {', '.join(missed)}" if missed else ""
@@ -304,6 +307,22 @@ def main(words: list[str]) -> int:
     for name in survived:
         print(f"not caught: {name}")
     return 1 if survived else 0
+
+
+def plant(changes: tuple[tuple[str, str, str], ...], tree: Path) -> str | None:
+    """Make these replacements, (file, old, new) each; return the first file that has not the text, if there is one."""
+    for file, old, new in changes:
+        path = tree / "diffopt" / file
+        text = path.read_text()
+        if old not in text:
+            return file
+        path.write_text(text.replace(old, new))
+    return None
+
+
+def restore(originals: dict[str, str], tree: Path) -> None:
+    for file, text in originals.items():
+        (tree / "diffopt" / file).write_text(text)
 
 
 def compile_quickly(tree: Path) -> None:
