@@ -24,6 +24,9 @@ PROOF = 1e-6
 """Largest error of a certificate, normalised to depth 1 and relative to the sizes of what cancels in it. The library
 claims at 1e-8 in equilibrated units, which differ from these."""
 
+INDEPENDENT = 1e-12
+"""Singular value, of rows of length 1, from which one more of them is independent of the others."""
+
 CLAIMS = (Status.SOLVED, Status.ALMOST_SOLVED, Status.PRIMAL_INFEASIBLE, Status.DUAL_INFEASIBLE, Status.NONFINITE_INPUT)
 
 
@@ -67,6 +70,19 @@ def judge(drawn: Drawn, solution: Solution) -> Verdict:
     else:
         wrong |= (status == Status.PRIMAL_INFEASIBLE) | (status == Status.DUAL_INFEASIBLE)
     return Verdict((status == drawn.status) & ~wrong, wrong, error.astype(float))
+
+
+def gradient(drawn: Drawn, by_x: np.ndarray) -> np.ndarray:
+    """Return the gradient by q of what has this gradient by x: -N (N'QN)^-1 N' by_x, where N is a basis of what the
+    held rows leave free."""
+    assert drawn.held is not None
+    found = np.zeros_like(by_x)
+    for i, (Q, rows) in enumerate(zip(arrays(drawn.data)["Q"].astype(float), drawn.held.numpy(), strict=True)):
+        lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+        _, sizes, basis = np.linalg.svd(rows / np.where(lengths > 0, lengths, 1))
+        free = basis[(sizes > INDEPENDENT).sum() :].T
+        found[i] = -free @ np.linalg.solve(free.T @ Q @ free, free.T @ by_x[i])
+    return found
 
 
 def extended(tensor: Tensor) -> np.ndarray:

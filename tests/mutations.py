@@ -1,8 +1,8 @@
 """Plant faults in the core, one at a time, and see that a test fails for each: ``make mutations``.
 
-Each fault is one replacement in one file of a copy of the tree. A fault that no test notices
-("survived"), or a text that is no longer in the file, makes the run fail; so does one that takes out what handles a
-family of hard problems (`hard_families.py`, ``faults``) and fails no test of that family.
+Each fault is a replacement in a file of a copy of the tree, or several that take out one thing together. A fault that no
+test notices ("survived"), or a text that is no longer in its file, makes the run fail; so does one that takes out what
+handles a family of hard problems (`hard_families.py`, ``faults``) and fails no test of that family.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from hard_families import FAMILIES
 
 
 class Fault(NamedTuple):
-    """``name``; ``file`` below diffopt/; ``old`` becomes ``new``; ``tests`` that may notice it."""
+    """``name``; ``file`` below diffopt/; ``old`` becomes ``new``; ``tests`` that may notice it; ``also``: more (file, old,
+    new), where several pieces of code cover each other."""
 
     name: str
     file: str
     old: str
     new: str
     tests: str
+    also: tuple[tuple[str, str, str], ...] = ()
 
 
 GRADIENTS = "test_implicit.py test_active_system.py test_gates.py test_optimal_value.py test_pulled.py"
@@ -135,7 +137,21 @@ FAULTS = [
     Fault("compiled: held bounds are not shifted", "solvers/cpu/saddle.hpp", "bound_delta_[j] = weight(1 / s.dx[j]);",
           "bound_delta_[j] = 0;", "test_hard_families.py"),
     Fault("compiled: the polish changes no side", "solvers/cpu/limits.hpp", "FLIPS = 4", "FLIPS = 1",
-          "solvers/test_cpu_hard.py solvers/test_cpu_bits.py"),
+          "solvers/test_cpu_hard.py test_hard_families.py"),
+    Fault("compiled: held rows are not shifted", "solvers/cpu/saddle.hpp", "row_e[r] * (1 + row_e[r]) + row_delta_[r];",
+          "row_e[r] * (1 + row_e[r]);", "test_hard_families.py"),
+    Fault("compiled: no row counts as dependent", "solvers/cpu/limits.hpp", "DEPENDENT = 1e-7", "DEPENDENT = 0", "test_hard_families.py"),
+    Fault("compiled: one unknown for each of many rows", "solvers/cpu/executor.cpp", "<= 1.9 * static_cast<double>(batch.n)",
+          "<= 1e9 * static_cast<double>(batch.n)", "test_hard_families.py"),
+    Fault("compiled: the first point is never the last", "solvers/cpu/dual.hpp", "running & (close | (", "running & ((close & (steps > 0.0)) | (",
+          "test_hard_families.py"),
+    Fault("compiled: a single row is no block", "solvers/cpu/dense.hpp",
+          "i += 2;\n    if (n - i == 1) f", "i += 2;\n    if (n - i == 1 && n > 1) f", "test_hard_families.py"),
+    Fault("compiled: a diagonal is eliminated like any matrix", "solvers/cpu/general.hpp", "!problem.dense() && strictly_convex && !primal;",
+          "!problem.dense() && strictly_convex && !primal && false;", "test_hard_families.py"),
+    # (In lanes, and alone.)
+    Fault("compiled: a scale may be infinite", "solvers/cpu/simd.hpp", "select((x > 0.0) & (x < INF), (Vec)bits, 1.0)", "(Vec)bits",
+          "test_hard_families.py", (("solvers/cpu/simd.hpp", "return x > 0 && x < INF ? y : 1.0;", "return y;"),)),
     Fault("crossing bounds pass", "solvers/pdipm.py", "crossed = crossed | over.any(-1)", "crossed = crossed | over.any(-1) & bad", "test_hard_families.py"),
     Fault("NaN passes", "solvers/pdipm.py", "bad = bad | where", "bad = bad & where", "test_hard_families.py"),
     Fault("fixed variables are two bounds", "solvers/scaled_qp.py", "fixed = (low == high)", "fixed = (low > high)", "test_contract.py"),
@@ -156,6 +172,15 @@ FAULTS = [
           "test_hard_families.py"),
     Fault("centring waits for the gap", "solvers/interior_point.py", "mu < AHEAD * infeasible", "mu < AHEAD * residual", "test_hard_families.py"),
     Fault("dependent rows are not shifted", "linalg/scaling.py", "return delta * torch.exp2(", "return 0.0 * torch.exp2(", "test_hard_families.py"),
+    Fault("the polish changes no side", "solvers/polish.py", "ROUNDS = 4", "ROUNDS = 1", "test_hard_families.py"),
+    Fault("held rows are not shifted", "linalg/saddle.py", "rows.row_e * (1 + rows.row_e) + system.shift.row, 1.0)",
+          "rows.row_e * (1 + rows.row_e), 1.0)", "test_hard_families.py"),
+    Fault("no row counts as dependent", "linalg/saddle.py", "return 1e-7 if", "return 0.0 if", "test_hard_families.py"),
+    Fault("one unknown for each of many rows", "solvers/pdipm.py", "WIDEST = 1.9", "WIDEST = 1e9", "test_hard_families.py"),
+    Fault("there are always inequalities", "solvers/step.py", "    if not v.shape[-1]:\n        return v\n", "", "test_hard_families.py"),
+    Fault("a diagonal is eliminated like any matrix", "solvers/pdipm.py", 'wanted = "diagonal" if structured else', 'wanted = "primal" if structured else',
+          "test_hard_families.py"),
+    Fault("a scale may be infinite", "linalg/scaling.py", "good = torch.isfinite(value) & (value > 0)", "good = value > 0", "test_hard_families.py"),
     Fault("compiled: no start that forgets the rows", "solvers/cpu/general.hpp", "once_more(LIGHT);", "once_more(1);", "solvers/test_pdipm.py"),
     Fault("compiled: pivots believed", "solvers/cpu/certify.hpp", "!(error <= FLAT * length)", "true", "solvers/test_pdipm.py"),
     Fault("no start that forgets the rows", "solvers/pdipm.py", "for weight in (1.0, LIGHT):", "for weight in (1.0, 1.0):", "solvers/test_pdipm.py"),
@@ -280,20 +305,21 @@ def main(words: list[str]) -> int:
         compile_quickly(copy)
         faulty_library = True
         for fault in faults:
-            path = copy / "diffopt" / fault.file
-            original = path.read_text()
-            if original.count(fault.old) < 1:
-                print(f"STALE     {fault.name}: text not found in {fault.file}")
+            changes = ((fault.file, fault.old, fault.new), *fault.also)
+            originals = {file: (copy / "diffopt" / file).read_text() for file, _, _ in changes}
+            stale = plant(changes, copy)
+            if stale:
+                print(f"STALE     {fault.name}: text not found in {stale}")
+                restore(originals, copy)
                 survived.append(fault.name)
                 continue
-            path.write_text(original.replace(fault.old, fault.new))
-            compiled = path.suffix in (".hpp", ".cpp")
+            compiled = any(file.endswith((".hpp", ".cpp")) for file in originals)
             if compiled or faulty_library:
                 subprocess.run(["make", "cpu"], cwd=copy, check=True, capture_output=True)
             faulty_library = compiled
             start = time.perf_counter()
             caught, missed = run_tests(fault, copy)
-            path.write_text(original)
+            restore(originals, copy)
             word = "caught" if caught and not missed else "SURVIVED"
             by = f"{caught[0]} and {len(caught) - 1} more" if caught else "nothing"
             but = f", not by {', '.join(missed)}" if missed else ""
@@ -304,6 +330,22 @@ def main(words: list[str]) -> int:
     for name in survived:
         print(f"not caught: {name}")
     return 1 if survived else 0
+
+
+def plant(changes: tuple[tuple[str, str, str], ...], tree: Path) -> str | None:
+    """Make these replacements, (file, old, new) each; return the first file that has not the text, if there is one."""
+    for file, old, new in changes:
+        path = tree / "diffopt" / file
+        text = path.read_text()
+        if old not in text:
+            return file
+        path.write_text(text.replace(old, new))
+    return None
+
+
+def restore(originals: dict[str, str], tree: Path) -> None:
+    for file, text in originals.items():
+        (tree / "diffopt" / file).write_text(text)
 
 
 def compile_quickly(tree: Path) -> None:
