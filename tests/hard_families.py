@@ -341,6 +341,31 @@ def vertex(s: Sizes) -> Drawn:
     return solved(known.linear_program(s.seed, s.n, s.p, m, bounds=s.bounds, batch=(s.count,)))
 
 
+def soft_equalities(s: Sizes) -> Drawn:
+    """Equalities at a price of 1e3 to 1e6, which no x in a box meets: what is missed, up and down, are variables."""
+    n, p, g = s.n, max(s.p, 1), s.generator()
+    price = 10 ** (3 + 3 * torch.rand(s.count, 1, generator=g, dtype=f64)).expand(-1, p)
+    side = torch.randn(s.count, p, generator=g, dtype=f64).sign()
+    A, root = normal(s, p, n), normal(s, n, n)
+    force = times(A.mT, price * side)  # on x, minus A' nu
+    x = force.sign()
+    Q = torch.eye(n, dtype=f64) + root @ root.mT / n
+    q = 0.5 * force.abs().clamp_max(1.0) * (2 * torch.rand(s.count, n, generator=g, dtype=f64) - 1) - times(Q, x)
+    missed = (0.5 + torch.rand(s.count, p, generator=g, dtype=f64)) * side
+    up, down = missed.clamp_min(0), (-missed).clamp_min(0)
+    one, none = torch.eye(p, dtype=f64).expand(s.count, p, p), torch.zeros(s.count, 2 * p, dtype=f64)
+    box = torch.ones(s.count, n, dtype=f64)
+    data = {
+        "Q": torch.nn.functional.pad(Q, (0, 2 * p, 0, 2 * p)),
+        "q": torch.cat([q, price, price], -1),
+        "A": torch.cat([A, one, -one], -1),
+        "b": times(A, x) + missed,
+        "lower": torch.cat([-box, none], -1),
+        "upper": torch.cat([box, none + torch.inf], -1),
+    }
+    return Drawn(data, Status.SOLVED, torch.cat([x, up, down], -1))
+
+
 def vertex_degenerate(s: Sizes) -> Drawn:
     """Three rows more than variables meet in the vertex."""
     m = max(s.m, s.n)
@@ -656,6 +681,11 @@ FAMILIES = [
         faults=("compiled: a diagonal is eliminated like any matrix", "a diagonal is eliminated like any matrix"),
     ),
     Family("linear, one solution", vertex, faults=("no eigenvalue is a rounding error",)),
+    Family(
+        "equalities that are soft, at a high price",
+        soft_equalities,
+        faults=("compiled: no start from far inside", "no start from far inside"),
+    ),
     Family(
         "linear, a degenerate vertex",
         vertex_degenerate,

@@ -51,7 +51,6 @@ def solve(
     max_iterations: int,
     bounded: bool = False,
     hold: bool = False,
-    weight: float = 1.0,
     begin: State | None = None,
 ) -> Outcome:
     """Solve the instances marked in ``run`` by Mehrotra's predictor-corrector method.
@@ -68,7 +67,6 @@ def solve(
         bounded: the objective is known to be strictly convex, so unboundedness is not looked for.
         hold: give every row an equation of its own in the n x n form. Slower; does not lose flat directions of Q
             where weights are large.
-        weight: of the rows at the start, see `start`.
         begin: the first iterate, inside the cone; by default that of `start`.
 
     References:
@@ -80,7 +78,7 @@ def solve(
     """
     # The n x n form loses what stands between its smallest and largest weight; the others need no refinement.
     refinements = 2 if system.reduction == "primal" else 0
-    state = start(qp, system, hold, weight) if begin is None else begin
+    state = start(qp, system, hold) if begin is None else begin
     shape = qp.batch
     best, best_residual = state, torch.full(shape, torch.inf, dtype=qp.q.dtype, device=qp.q.device)
     stopped = ~run.expand(shape)
@@ -158,6 +156,20 @@ def start(qp: ScaledQP, system: Saddle, hold: bool = False, weight: float = 1.0)
     usable = torch.isfinite(step.x).all(-1) & torch.isfinite(s).all(-1) & torch.isfinite(z).all(-1)
     usable = usable & ~newton.factor.failed
     return State(step.x, step.nu, step.y, s, z).where(usable, at._replace(s=one))
+
+
+def large_start(qp: ScaledQP) -> State:
+    """Return x = 0, and s and z ten times as large as anything in the data but far sides: far inside the
+    cone.
+
+    A slack that has to grow by a factor makes Newton's step lower its multiplier by the same, which blocks it where the
+    solution has both large, as where soft constraints have a high price. From above there is no such growth.
+    """
+    sides = torch.where(qp.on & (qp.d.abs() <= FAR), qp.d, 0.0)
+    size = torch.cat([qp.q, qp.b, qp.target, sides], -1).abs().amax(-1, keepdim=True).clamp_min(1)
+    far = torch.where(qp.on, 10 * size, 1.0)
+    zero = torch.zeros_like
+    return State(zero(qp.q), zero(qp.b), zero(qp.target), far, far)
 
 
 def _certificates(qp: ScaledQP, state: State) -> tuple[Tensor, Tensor]:

@@ -202,14 +202,16 @@ def _solve_scaled(
         outcome = found if outcome is None else _merged(group, found, outcome)
         polished.append((group, done))
         lost = group
-        # Twice more, holding every row; then from a start that almost forgets them.
-        for weight in (1.0, LIGHT):
+        # Twice more, holding every row: from far inside, then from a start that almost forgets the rows.
+        for light in (False, True):
             lost = lost & (outcome.residual > tolerance) & ~outcome.primal_infeasible & ~outcome.dual_infeasible
             if not thorough or not waiting.some(lost):
                 break
-            found, done = _attempt(
-                qp, saddle("primal"), lost, settings, tolerance, convex=False, hold=True, weight=weight
+            primal = saddle("primal")
+            begin = (
+                interior_point.start(qp, primal, hold=True, weight=LIGHT) if light else interior_point.large_start(qp)
             )
+            found, done = _attempt(qp, primal, lost, settings, tolerance, convex=False, hold=True, begin=begin)
             better = lost & (found.residual < outcome.residual)
             outcome = _merged(better, found, outcome)
             polished.append((better, done))
@@ -263,10 +265,10 @@ def _either(qp: ScaledQP, saddle: Saddle, where: Tensor, one: Attempt, other: At
 
 def _attempt(
     qp: ScaledQP, saddle: Saddle, run: Tensor, settings: Settings, tolerance: float, convex: bool, hold: bool = False,
-    weight: float = 1.0,
+    begin: interior_point.State | None = None,
 ) -> Attempt:  # fmt: skip
     """Iterate, and polish if that is wanted."""
-    outcome = interior_point.solve(qp, saddle, run, tolerance, settings.max_iterations, convex, hold, weight)
+    outcome = interior_point.solve(qp, saddle, run, tolerance, settings.max_iterations, convex, hold, begin)
     return _polished(qp, saddle, run, settings, outcome, tolerance, convex, hold)
 
 

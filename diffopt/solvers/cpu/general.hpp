@@ -119,21 +119,19 @@ class General {
         last_ = !again;
         Ending end = iterate(tolerance, max_iterations, with_polish, diagonal);
         if (errors.worst <= tolerance) end = CONVERGED;
-        auto once_more = [&](double weight) {
+        auto once_more = [&](auto begin) {
             if (!again || (end != STUCK && end != BROKEN) || iterations >= max_iterations) return;
-            start(weight);
+            begin();
             const Ending found = iterate(tolerance, max_iterations, with_polish, diagonal);
             if (found != BROKEN) end = found;
             if (errors.worst <= tolerance) end = CONVERGED;
         };
-        if (!diagonal) {
-            // From the start, holding every row throughout.
-            step_kind_ = HELD;
-            may_hold_ = false;
-            once_more(1);
-        }
+        // From two other starts, holding every row throughout.
+        if (!diagonal) step_kind_ = HELD;
+        may_hold_ = false;
+        once_more([&] { start_large(); });
         last_ = true;
-        once_more(LIGHT);
+        once_more([&] { start(LIGHT); });
         if (end != CONVERGED && end != PROVEN_INFEASIBLE && with_polish && errors.worst <= WORTH_POLISHING) {
             // An active set can be right long before the point is; whether it is, the polish finds out.
             problem.copy(now_, state);
@@ -294,6 +292,21 @@ class General {
             if (!usable) now_.s[r] = now_.z[r] = 1;
             if (!there(r)) now_.s[r] = 1, now_.z[r] = 0;
         }
+        std::fill_n(above_, k.rows, 0.0);
+    }
+
+    // Far inside the cone: x = 0, and s and z ten times as large as anything in the data but far sides. (A slack that has to grow by a
+    // factor makes Newton's step lower its multiplier by the same, which blocks it where the solution has both large, as
+    // where soft constraints have a high price. From above there is no such growth.)
+    void start_large() {
+        const Scaled& k = problem;
+        double size = 1;
+        for (Index j = 0; j < k.np; j++) size = vmax(std::fabs(k.q[j]), vmax(std::fabs(k.target[j]), size));
+        for (Index r = 0; r < k.pp; r++) size = vmax(std::fabs(k.b[r]), size);
+        for (Index r = 0; r < k.rows; r++)
+            if (there(r) && std::fabs(k.d[r]) <= FAR) size = vmax(std::fabs(k.d[r]), size);
+        std::fill_n(now_.x, k.np, 0.0), std::fill_n(now_.nu, k.pp, 0.0), std::fill_n(now_.y, k.np, 0.0);
+        for (Index r = 0; r < k.rows; r++) now_.s[r] = there(r) ? 10 * size : 1, now_.z[r] = there(r) ? 10 * size : 0;
         std::fill_n(above_, k.rows, 0.0);
     }
 
