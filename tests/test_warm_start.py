@@ -192,6 +192,7 @@ def test_vmap_over_data_and_start() -> None:
     start = diffopt.solve_qp(**arguments)
     after = near(arguments)
     cold = diffopt.solve_qp(**after)
+    assert bool(start.value.isfinite().all())  # (torch 2.11 cannot compute it while it compiles)
     names, data = list(after), list(after.values())
 
     def one(start: Any, *values: Tensor) -> diffopt.Solution:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -111,13 +112,32 @@ class QPStructure(QuadraticProgram):
     ) -> None:
         pieces = {"Q": Q, "q": q, "A": A, "b": b, "G": G, "h": h, "lower": lower, "upper": upper}
         super().__init__(**{name: declare(value) for name, value in pieces.items()})
-        self.n = n
+        if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+            raise ParameterError(f"`n` = {n!r} is no number of variables. Expected a whole number >= 1.")
+        self.n = int(n)
         for name, declared in self.declared.items():
             if name != "Q" and declared.form != "dense":
                 raise ParameterError(f"`{name}` is declared {declared.form!r}; only Q has forms other than 'dense'.")
         for left, right in (("A", "b"), ("G", "h")):
             if (self.declared[left].kind == "absent") != (self.declared[right].kind == "absent"):
                 raise ParameterError(f"`{left}` and `{right}` come together: declare both or neither.")
+        for name in ("Q", "q", "A", "G", "lower", "upper"):
+            declared = self.declared[name]
+            value = declared.value() if declared.parts and declared.form == "dense" else None
+            if isinstance(value, Tensor) and value.dim() and value.shape[-1] != n:
+                raise ShapeError(
+                    f"`{name}` has the wrong size. Expected {n} in its last dimension, since the structure is declared "
+                    f"with n = {n}; got {tuple(value.shape)}."
+                )
+
+    def collect(self, given: Params, own: Params | None = None) -> dict[str, Any]:
+        for name, value in given.items():
+            if value is None:
+                raise ParameterError(
+                    f"`{name}` is None, which would leave it out. Expected a tensor, since the structure declares it "
+                    f"diffopt.given(). Pass one, or declare `{name}` None in the structure."
+                )
+        return super().collect(given, own)
 
     def form(self, Q: Any, q: Any, A: Any, b: Any, G: Any, h: Any, lower: Any, upper: Any) -> QPForm:
         if q is None or isinstance(q, int | float):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -89,16 +90,18 @@ class Settings:
         names = _NAMES
         if unknown:
             raise SettingsError(f"Unknown setting {', '.join(map(repr, unknown))}. Expected one of {', '.join(names)}.")
-        _check("tolerance", tolerance, tolerance is None or 0 < tolerance < 1, "None or a number between 0 and 1")
-        _check("max_iterations", max_iterations, max_iterations >= 1, "a whole number >= 1")
+        _check("tolerance", tolerance, _below_one(tolerance), "None or a number between 0 and 1")
+        whole = isinstance(max_iterations, Integral) and not isinstance(max_iterations, bool)
+        _check("max_iterations", max_iterations, whole and max_iterations >= 1, "a whole number >= 1")
         _check("kink_rule", kink_rule, kink_rule in KINK_RULES, f"one of {', '.join(map(repr, KINK_RULES))}")
-        weak_ok = weak_tolerance is None or 0 < weak_tolerance < 1
-        _check("weak_tolerance", weak_tolerance, weak_ok, "None or a number between 0 and 1")
+        _check("weak_tolerance", weak_tolerance, _below_one(weak_tolerance), "None or a number between 0 and 1")
+        for name, value in (("polish", polish), ("sync", sync)):
+            _check(name, value, isinstance(value, bool), "True or False")
         reductions = ("auto", "dual", "diagonal", "primal")
         _check("reduction", reduction, reduction in reductions, f"one of {', '.join(map(repr, reductions))}")
         executors = ("auto", "torch", "cpu", "cuda")
         _check("executor", executor, executor in executors, f"one of {', '.join(map(repr, executors))}")
-        positive = relaxation is None or 0 < relaxation < float("inf")
+        positive = relaxation is None or (_is_number(relaxation) and 0 < relaxation < float("inf"))
         _check("relaxation", relaxation, positive, "None or a positive number")
         modes = ("central_path", "ridge")
         _check("relaxation_mode", relaxation_mode, relaxation_mode in modes, f"one of {', '.join(map(repr, modes))}")
@@ -111,8 +114,8 @@ class Settings:
             together = kink_rule == "inactive" and relaxation is None
             _check("sync", sync, together, "True with kink rules other than 'inactive', and with a relaxation")
         values = (
-            *(tolerance, int(max_iterations), kink_rule, weak_tolerance, bool(polish), reduction, executor),
-            *(None if relaxation is None else float(relaxation), relaxation_mode, bool(sync), selection),
+            *(tolerance, int(max_iterations), kink_rule, weak_tolerance, polish, reduction, executor),
+            *(None if relaxation is None else float(relaxation), relaxation_mode, sync, selection),
         )
         for name, value in zip(names, values, strict=True):
             object.__setattr__(self, name, value)
@@ -147,6 +150,15 @@ class Settings:
 
 
 _NAMES = tuple(f.name for f in fields(Settings))
+
+
+def _is_number(value: Any) -> bool:
+    # (A tensor is none: its value would have to be looked at, and a compiled graph cannot write it down.)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _below_one(value: Any) -> bool:
+    return value is None or (_is_number(value) and 0 < value < 1)
 
 
 def _check(name: str, value: object, valid: bool, expected: str) -> None:

@@ -129,6 +129,8 @@ def test_bad_declarations(make, error, message):
         (QPStructure(2), {"Q": torch.eye(2), "q": torch.zeros(2), "c": 1}, ParameterError, "takes no `c`.*`Q`, `q`"),
         (QPStructure(2), {"Q": torch.eye(2), "q": torch.zeros(2), "lower": 0.0}, ParameterError, "takes no `lower`"),
         (QPStructure(2, Q=torch.eye(2)), {"Q": torch.eye(2), "q": torch.zeros(2)}, ParameterError, "declared fixed"),
+        (QPStructure(2), {"Q": torch.eye(2), "q": None}, ParameterError, "`q` is None, which would leave it out"),
+        (QPStructure(2), {"Q": None, "q": torch.zeros(2)}, ParameterError, "`Q` is None"),
         (QPStructure(2), {"Q": torch.eye(2), "q": torch.zeros(3)}, ShapeError, r"declared with n = 2; got \(3,\)"),
         (QPStructure(2, Q=given("diagonal")), {"Q": torch.eye(3), "q": torch.zeros(2)}, ShapeError, "is declared diag"),
         (
@@ -161,3 +163,18 @@ def test_nonlinear_form_of_a_qp_has_its_sizes():
     problem.params = tuple(diffopt.Param(n, s) for n, s in (("y", (3,)), ("weight", ()), ("D", (2, 3))))
     form = NonlinearForm(problem, problem.collect({"y": torch.zeros(7, 3, dtype=f64)}))
     assert (form.n, form.p, form.m, form.batch_shape) == (5, 0, 4, (7,))
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, "3", True, None])
+def test_the_number_of_variables_is_a_number(n):
+    with pytest.raises(ParameterError, match="is no number of variables"):
+        QPStructure(n)
+
+
+@pytest.mark.parametrize("name", ["Q", "A", "G", "q", "lower", "upper"])
+@pytest.mark.parametrize("declared", [fixed, learned])
+def test_values_of_a_structure_have_its_size(name, declared):
+    value = torch.ones(3, 3) if name in ("Q", "A", "G") else torch.ones(3)
+    sides = {"A": {"b": 1.0}, "G": {"h": 1.0}}.get(name, {})
+    with pytest.raises(ShapeError, match=rf"`{name}` has the wrong size. Expected 4 in its last dimension"):
+        QPStructure(4, **{name: declared(value)}, **sides)

@@ -180,9 +180,12 @@ def test_nearly_repeated_rows_count_as_dependent_where_torch_says_so(size: str, 
     assert measures.relative(ours.x, theirs.x) <= X_REFERENCE
 
 
-def test_more_active_rows_than_variables_depend_on_each_other() -> None:
+@pytest.mark.parametrize(
+    "seed", [3, 9, 35]
+)  # which of them needs that rows are counted depends on how sums are rounded
+def test_more_active_rows_than_variables_depend_on_each_other(seed: int) -> None:
     """The dual of a support vector machine: all bounds and the equality hold at once, and Q is nearly singular."""
-    n, generator = 16, torch.Generator().manual_seed(9)
+    n, generator = 16, torch.Generator().manual_seed(seed)
     y = torch.ones(n, dtype=f64)
     y[::2] = -1
     points = torch.randn(n, 2, generator=generator, dtype=f64) + 0.7 * y.unsqueeze(-1)
