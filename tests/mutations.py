@@ -79,7 +79,7 @@ FAULTS = [
     Fault("compiled: weakly active rows held", "solvers/cpu/certify.hpp", "weak_[r] = held && !is_weak;", "weak_[r] = held;",
           "solvers/test_cpu_hard.py solvers/test_cpu_bits.py"),
     Fault("compiled: the factor of another active set", "solvers/cpu/general.hpp",
-          "if (held_last_ && std::equal(marks, marks + k.rows, held_))", "if (held_last_)", "solvers/test_cpu_hard.py solvers/test_cpu_bits.py test_maros.py"),
+          "if (held_last_ && std::equal(marks, marks + k.rows, held_))", "if (held_last_)", "laws/test_warm_start.py"),
     Fault("compiled: more active rows than variables", "solvers/cpu/polish.hpp", "many > static_cast<double>(k.n)",
           "many > 1e9 + static_cast<double>(k.n)", "solvers/test_cpu_hard.py solvers/test_cpu_bits.py"),
     # What each family of hard problems needs: in the compiled executor, then in torch operations.
@@ -155,7 +155,7 @@ FAULTS = [
           "test_hard_families.py", (("solvers/cpu/simd.hpp", "return x > 0 && x < INF ? y : 1.0;", "return y;"),)),
     Fault("crossing bounds pass", "solvers/pdipm.py", "crossed = crossed | over.any(-1)", "crossed = crossed | over.any(-1) & bad", "test_hard_families.py"),
     Fault("NaN passes", "solvers/pdipm.py", "bad = bad | where", "bad = bad & where", "test_hard_families.py"),
-    Fault("fixed variables are two bounds", "solvers/scaled_qp.py", "fixed = (low == high)", "fixed = (low > high)", "test_contract.py"),
+    Fault("fixed variables are two bounds", "solvers/scaled_qp.py", "fixed = (low == high)", "fixed = (low > high)", "solvers/test_pdipm.py"),
     Fault("far sides count in full", "solvers/interior_point.py", "(qp.d.abs() / FAR).clamp_min(1).square()", "torch.ones_like(qp.d)",
           "test_hard_families.py"),
     Fault("no problem of least infeasibility", "solvers/pdipm.py", "if waiting.allowed() and waiting.some(open_):\n        # Before", "if False:\n        # Before",

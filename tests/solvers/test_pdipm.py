@@ -9,6 +9,7 @@ import torch
 
 import diffopt
 from diffopt import Diagonal, Settings, Status, waiting
+from diffopt.check import known
 from diffopt.linalg.saddle import Factor
 from diffopt.solvers.newton_system import NewtonSystem
 
@@ -358,3 +359,12 @@ def test_torch_operations_are_interrupted_and_leave_nothing_behind(monkeypatch, 
     assert len(calls) == call and torch.is_grad_enabled() and waiting.allowed()
     monkeypatch.undo()
     assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize("executor", ["torch", "cpu"])
+def test_fixed_variables_are_no_pairs_of_bounds(executor):
+    """Where every variable is fixed there is nothing to iterate for: a pair of bounds without interior takes steps."""
+    problem = known.quadratic_program(0, 5, batch=(4,))
+    settings = Settings(executor=executor)
+    solution = diffopt.solve_qp(problem.Q, problem.q, lower=problem.x, upper=problem.x, settings=settings)
+    assert torch.equal(solution.x, problem.x) and not bool(solution.iterations.any())
