@@ -21,7 +21,7 @@ from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank, Symmet
 from diffopt.problems.forms import Form, QPForm, require_tensor
 from diffopt.problems.structure import Declared, declare
 from diffopt.shapes import check_same_kind
-from diffopt.solution import Certificate, Report, Shifts, Solution, Status, graded, succeeded
+from diffopt.solution import ALMOST, Certificate, Report, Shifts, Solution, Status, graded, succeeded
 
 WEIGHT = 1e3
 """Weight of a soft constraint where none is given."""
@@ -307,7 +307,12 @@ class _Sides(NamedTuple):
 
 CLEAR = 1e-7
 """Violation, relative to the sides, from which on an instance counts as infeasible without trying to solve it; below it
-(and above the tolerance) only if it cannot be solved. Also the largest relative error of the proof."""
+(and above what the first phase can tell from zero) only if it cannot be solved. Also the largest relative error of the
+proof."""
+
+LEAST = 1e-9
+"""Shift, relative to the sides, that is told from zero in the first phase: the tolerance of float64. To take a larger
+one for zero, such as the tolerance of float32, would leave a shifted problem that misses being feasible by as much."""
 
 
 def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
@@ -341,16 +346,18 @@ def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
         # That d'y < 0 where C'y = 0 and y >= 0 proves it; rounding errors of an unpolished y = 0 do not.
         error = torch.where(least.ok, problem.equalities(joined).abs().amax(-1), torch.inf)
         clear = (most > CLEAR) & (error <= CLEAR * depth)
+        # (A first phase that was not polished errs by its residuals, in each shift that is zero too.)
+        noise = torch.nan_to_num(10 * least.report.residuals.amax(0)).clamp(min(LEAST, tolerance), tolerance)
     # (Instances that clearly have no solution are not tried: proving it once more would cost the most of all.)
     first = solve(_made_feasible(form, clear))
     codes = (Status.PRIMAL_INFEASIBLE, Status.NUMERICAL_ERROR, Status.MAX_ITERATIONS)
     failed = torch.stack([first.status == int(code) for code in codes]).any(0)
-    use = clear | (failed & (most > tolerance))
+    use = clear | (failed & (most > noise))
     zero = _no_shifts(first)
     if _nowhere(use):
         return replace(first, shifts=zero, _value=lambda: first.value)
     none = zero.low
-    held = _Sides(*(((v.abs() > tolerance * size) & use.unsqueeze(-1)).detach() for v in y))
+    held = _Sides(*(((v.abs() > noise.unsqueeze(-1) * size) & use.unsqueeze(-1)).detach() for v in y))
     # Equalities are held anyway, so all of their shift counts.
     counted = held._replace(eq=use.unsqueeze(-1))
     t = _Sides(*(torch.where(mask, v, 0.0) for mask, v in zip(counted, y, strict=True)))
@@ -358,10 +365,10 @@ def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
     shifted = _shifted(exact, t)
     second = solve(_with_held(shifted, held))
     point, dependent = _unheld(shifted, held, t, second)
-    rounded = kkt.Point(*(v.detach().to(form.dtype).double() for v in point))
+    detached = kkt.Point(*(v.detach() for v in point))
     # (For forward mode, which torch.compile has not; that of torch 2.11 cannot make the detached twin.)
     judge = shifted if torch.compiler.is_compiling() else shifted.detach()
-    found = _judged(judge, rounded, least, second, tolerance)
+    found = _judged(judge, detached, form.dtype, least, second, tolerance)
     status, residuals, spoiled = found
     counts = torch.stack([first.iterations + least.iterations + second.iterations, second.weakly_active, dependent])
     point = kkt.Point(*(gate(v, spoiled) for v in point))
@@ -507,15 +514,23 @@ class _Verdict(NamedTuple):
 
 
 @torch.no_grad()
-def _judged(form: Form, point: kkt.Point, least: Solution, found: Solution, tolerance: float) -> _Verdict:
+def _judged(
+    form: Form, point: kkt.Point, dtype: torch.dtype, least: Solution, found: Solution, tolerance: float
+) -> _Verdict:
     """Return status and residuals: those of the shifted problem, and not below those of the first phase.
+
+    Both are those of the point rounded to ``dtype``. Multipliers of constraints that depend on each other can be large
+    and cancel, and their rounding then costs more than the tolerance, but not x: the instance is ALMOST_SOLVED.
 
     ``spoiled``: instances that the second phase solved and that fail all the same.
     """
-    own = torch.stack(kkt.residuals(form, point))
-    residuals = torch.maximum(own, least.report.residuals)
-    worst = residuals.amax(0)
-    status = torch.where(found.ok, graded(worst, tolerance), found.status)
+    residuals = torch.stack(kkt.residuals(form, kkt.Point(*(v.to(dtype).to(v.dtype) for v in point))))
+    residuals = torch.maximum(residuals, least.report.residuals)
+    status = graded(residuals.amax(0), tolerance)
+    if dtype != form.dtype:
+        exact = torch.maximum(torch.stack(kkt.residuals(form, point)), least.report.residuals).amax(0)
+        status = torch.where(~succeeded(status) & (exact <= ALMOST), int(Status.ALMOST_SOLVED), status)
+    status = torch.where(found.ok, status, found.status)
     return _Verdict(status, residuals, found.ok & ~succeeded(status))
 
 
