@@ -43,7 +43,8 @@ class Elastic:
             violations, and violates every constraint that has a multiplier, by multiplier / weight.
         eq, row: weights of the equalities, ``(*batch, p)``, and of the rows of G, ``(*batch, m)``; a number is the same
             for all; in objective units per unit of b or h (per its square for ``"squared"``), positive. +inf is a
-            hard constraint, ``None`` makes all of the group hard. Default 1000.
+            hard constraint, ``None`` makes all of the group hard. Default 1000. Zero is no weight, for a violation that
+            costs nothing has no size; a constraint that is not there has an infinite side.
         bound: weights of the bounds, ``(*batch, n)``, the same for lower and upper; ``None`` (default): hard.
 
     Each weight may be declared `diffopt.given`, `diffopt.learned` or `diffopt.fixed`: in a `Layer` it then is an
@@ -51,6 +52,9 @@ class Elastic:
     Other values are fixed.
 
     The optimal value includes the penalties, so its derivative in a weight is the violation (squared: half its square).
+
+    A call raises `ParameterError` where an entry of a tensor is no weight. Inside ``torch.compile``, where values cannot
+    be looked at, that instance ends as NONFINITE_INPUT.
 
     Raises:
         SettingsError: an unknown penalty, or a number that is no weight.
@@ -256,8 +260,29 @@ def _soft(name: str, weight: Any, size: int, form: QPForm) -> _Soft:
             f"`{name}` has {weight.shape[-1]} entries but there are {size} constraints of its kind. Expected shape "
             f"(*batch, {size}) or a single number, got {tuple(weight.shape)}."
         )
+    weight = _positive(name, weight)
     hard = weight == torch.inf
     return _Soft(torch.where(hard, 1.0, weight), torch.where(hard, torch.zeros_like(weight), 1.0))
+
+
+def _positive(name: str, weight: Tensor) -> Tensor:
+    """Return a weight; where it cannot be looked at, with NaN for what is none.
+
+    Raises:
+        ParameterError: an entry is not positive.
+    """
+    if torch.compiler.is_compiling():
+        return torch.where(weight > 0, weight, torch.nan)
+    wrong = ~(transforms.plain(weight) > 0)
+    if not bool(wrong.any()):
+        return weight
+    *index, entry = wrong.nonzero()[0].tolist()
+    value = float(transforms.plain(weight)[(*index, entry)])
+    raise ParameterError(
+        f"`{name}` is {value:g} at entry {entry}{f', batch index {index}' if index else ''}. Expected positive weights "
+        f"(+inf: hard). A weight that is learned or predicted stays positive if it is computed as "
+        f"{name} = torch.nn.functional.softplus(raw) + 1e-3, with `{name}` declared diffopt.given()."
+    )
 
 
 def _joined(vectors: list[Tensor], form: QPForm) -> Tensor:

@@ -659,6 +659,40 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("penalty", ["l1", "squared"])
+@pytest.mark.parametrize("value", [-0.5, 0.0, torch.nan])
+def test_what_is_no_weight_is_named(penalty: Any, value: float) -> None:
+    weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    weights[1, 0] = value
+    G, h = torch.ones(2, 2), torch.ones(2)
+    structure = diffopt.QPStructure(2, Q=torch.eye(2), q=diffopt.given(), G=G, h=h)
+    layer = diffopt.Layer(structure, on_infeasible=Elastic(penalty, row=diffopt.given()))
+    q = torch.zeros(2)
+    message = rf"`elastic_row` is {value:g} at entry 0, batch index \[1\]. Expected positive weights.*softplus"
+    with pytest.raises(diffopt.ParameterError, match=message):
+        layer(q=q, elastic_row=weights)
+    with pytest.raises(diffopt.ParameterError, match=message):
+        torch.func.vmap(lambda w: layer(q=q, elastic_row=w))(weights)
+    with pytest.raises(diffopt.ParameterError, match=message):
+        torch.func.grad(lambda w: layer(q=q, elastic_row=w).sum())(weights)
+    learned = diffopt.Layer(structure, on_infeasible=Elastic(penalty, row=diffopt.learned(weights[1])))
+    with pytest.raises(diffopt.ParameterError, match=rf"`elastic_row` is {value:g} at entry 0\. Expected"):
+        learned(q=q)
+
+
+def test_what_is_no_weight_fails_inside_torch_compile() -> None:
+    torch.compiler.reset()
+    G, h = torch.ones(2, 2), torch.ones(2)
+    structure = diffopt.QPStructure(2, Q=torch.eye(2), q=torch.zeros(2), G=G, h=h)
+    elastic = Elastic("squared", row=diffopt.given())
+    layer = diffopt.Layer(structure, on_infeasible=elastic, on_failure="return")
+    graph = torch.compile(lambda w: layer.solve(elastic_row=w).status, backend="eager", fullgraph=True)
+    weights = torch.tensor([[1.0, 2.0], [-3.0, 4.0], [0.0, 1.0], [torch.inf, 1.0]])
+    names = [Status(int(code)).name for code in graph(weights)]
+    torch.compiler.reset()
+    assert names == ["SOLVED", "NONFINITE_INPUT", "NONFINITE_INPUT", "SOLVED"]
+
+
 @pytest.mark.parametrize(("call", "error", "message"), BAD)
 def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
