@@ -53,8 +53,8 @@ class Elastic:
 
     The optimal value includes the penalties, so its derivative in a weight is the violation (squared: half its square).
 
-    A call raises `ParameterError` where an entry of a tensor is no weight. Inside ``torch.compile``, where values cannot
-    be looked at, that instance ends as NONFINITE_INPUT.
+    A call raises `ParameterError` where an entry of a tensor is no weight. Inside ``torch.compile``, where values
+    cannot be looked at, that instance ends as NONFINITE_INPUT.
 
     Raises:
         SettingsError: an unknown penalty, or a number that is no weight.
@@ -219,11 +219,11 @@ def _solve_elastic(form: QPForm, elastic: Elastic, weights: Mapping[str, Any], s
 
     pieces = list(found.x[..., n:].split([w.shape[-1] for _, _, w in columns], -1))
     missed = [pieces.pop(0) for _ in (signs if eq is not None else ())]
-    zero = found.x.new_zeros(*form.batch_shape, n)
-    eq_shift = torch.zeros_like(found.nu)
+    zero = _zeros(found.x[..., :n])
+    eq_shift = _zeros(found.nu)
     if eq is not None:
         eq_shift = eq.reach * (missed[0] - missed[1] if len(missed) == 2 else missed[0])
-    row_shift = torch.zeros_like(found.s[..., :m])
+    row_shift = _zeros(found.s[..., :m])
     if row is not None:
         row_shift = row.reach * pieces.pop(0)
     low_shift = bound.reach * pieces.pop(0) if bound is not None and form.lower is not None else zero
@@ -427,8 +427,13 @@ def _nowhere(mask: Tensor) -> bool:
 
 
 def _no_shifts(solution: Solution) -> Shifts:
-    none = torch.zeros_like(solution.x)
-    return Shifts(torch.zeros_like(solution.nu), torch.zeros_like(solution.s), none, none)
+    none = _zeros(solution.x)
+    return Shifts(_zeros(solution.nu), _zeros(solution.s), none, none)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Return zeros with the graph of a tensor: a loss of the shifts has a gradient where nothing is shifted, too."""
+    return like.masked_fill(like.new_ones((), dtype=torch.bool), 0.0)
 
 
 def _made_feasible(form: QPForm, where: Tensor) -> QPForm:

@@ -242,6 +242,21 @@ def test_the_structure_of_the_hessian_is_kept(form: str | None) -> None:
         assert measures.relative(outputs(got), outputs(expected)) <= SOLUTION[FLOAT64]
 
 
+@pytest.mark.parametrize("policy", ["closest", Elastic(eq=None, row=None), Elastic("squared")], ids=str)
+@pytest.mark.parametrize("contradiction", [True, False])
+def test_shifts_that_are_zero_have_a_gradient_of_zero(policy: Any, contradiction: bool) -> None:
+    data = contradictory(70, bounds="lower")
+    if not contradiction:
+        data["h"][:, :2], data["b"] = 1.0, 0 * data["b"]
+    leaves = measures.tracked(data)
+    solution = diffopt.solve_qp(**leaves, on_infeasible=policy, on_failure="return")
+    assert solution.shifts is not None and not solution.shifts.high.any()
+    for name, shift in zip(solution.shifts._fields, solution.shifts, strict=True):
+        found = torch.autograd.grad(shift.sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+        if not bool(shift.any()):
+            assert all(g is None or not bool(g.any()) for g in found), name
+
+
 def test_weights_in_a_layer() -> None:
     data = contradictory(60)
     pieces = {name: diffopt.fixed(value) for name, value in data.items() if name != "q"}
