@@ -79,7 +79,8 @@ class DiffoptWarning(UserWarning):
 
 
 class InaccurateSolutionWarning(DiffoptWarning):
-    """Some instance ended as ``ALMOST_SOLVED``: its residuals miss the tolerance but are <= 1e-6."""
+    """Some instance ended as ``ALMOST_SOLVED``: its residuals miss the tolerance but are <= 1e-6
+    (closest problems of float32 data: before rounding)."""
 
 
 class BackendLoadWarning(DiffoptWarning):

@@ -21,7 +21,7 @@ from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank, Symmet
 from diffopt.problems.forms import Form, QPForm, require_tensor
 from diffopt.problems.structure import Declared, declare
 from diffopt.shapes import check_same_kind
-from diffopt.solution import Certificate, Report, Shifts, Solution, Status, graded, succeeded
+from diffopt.solution import ALMOST, Certificate, Report, Shifts, Solution, Status, graded, succeeded
 
 WEIGHT = 1e3
 """Weight of a soft constraint where none is given."""
@@ -43,7 +43,8 @@ class Elastic:
             violations, and violates every constraint that has a multiplier, by multiplier / weight.
         eq, row: weights of the equalities, ``(*batch, p)``, and of the rows of G, ``(*batch, m)``; a number is the same
             for all; in objective units per unit of b or h (per its square for ``"squared"``), positive. +inf is a
-            hard constraint, ``None`` makes all of the group hard. Default 1000.
+            hard constraint, ``None`` makes all of the group hard. Default 1000. Zero is no weight, for a violation that
+            costs nothing has no size; a constraint that is not there has an infinite side.
         bound: weights of the bounds, ``(*batch, n)``, the same for lower and upper; ``None`` (default): hard.
 
     Each weight may be declared `diffopt.given`, `diffopt.learned` or `diffopt.fixed`: in a `Layer` it then is an
@@ -51,6 +52,9 @@ class Elastic:
     Other values are fixed.
 
     The optimal value includes the penalties, so its derivative in a weight is the violation (squared: half its square).
+
+    A call raises `ParameterError` where an entry of a tensor is no weight. Inside ``torch.compile``, where values
+    cannot be looked at, that instance ends as NONFINITE_INPUT.
 
     Raises:
         SettingsError: an unknown penalty, or a number that is no weight.
@@ -215,11 +219,11 @@ def _solve_elastic(form: QPForm, elastic: Elastic, weights: Mapping[str, Any], s
 
     pieces = list(found.x[..., n:].split([w.shape[-1] for _, _, w in columns], -1))
     missed = [pieces.pop(0) for _ in (signs if eq is not None else ())]
-    zero = found.x.new_zeros(*form.batch_shape, n)
-    eq_shift = torch.zeros_like(found.nu)
+    zero = _zeros(found.x[..., :n])
+    eq_shift = _zeros(found.nu)
     if eq is not None:
         eq_shift = eq.reach * (missed[0] - missed[1] if len(missed) == 2 else missed[0])
-    row_shift = torch.zeros_like(found.s[..., :m])
+    row_shift = _zeros(found.s[..., :m])
     if row is not None:
         row_shift = row.reach * pieces.pop(0)
     low_shift = bound.reach * pieces.pop(0) if bound is not None and form.lower is not None else zero
@@ -256,8 +260,29 @@ def _soft(name: str, weight: Any, size: int, form: QPForm) -> _Soft:
             f"`{name}` has {weight.shape[-1]} entries but there are {size} constraints of its kind. Expected shape "
             f"(*batch, {size}) or a single number, got {tuple(weight.shape)}."
         )
+    weight = _positive(name, weight)
     hard = weight == torch.inf
     return _Soft(torch.where(hard, 1.0, weight), torch.where(hard, torch.zeros_like(weight), 1.0))
+
+
+def _positive(name: str, weight: Tensor) -> Tensor:
+    """Return a weight; where it cannot be looked at, with NaN for what is none.
+
+    Raises:
+        ParameterError: an entry is not positive.
+    """
+    if torch.compiler.is_compiling():
+        return torch.where(weight > 0, weight, torch.nan)
+    wrong = ~(transforms.plain(weight) > 0)
+    if not bool(wrong.any()):
+        return weight
+    *index, entry = wrong.nonzero()[0].tolist()
+    value = float(transforms.plain(weight)[(*index, entry)])
+    raise ParameterError(
+        f"`{name}` is {value:g} at entry {entry}{f', batch index {index}' if index else ''}. Expected positive weights "
+        f"(+inf: hard). A weight that is learned or predicted stays positive if it is computed as "
+        f"{name} = torch.nn.functional.softplus(raw) + 1e-3, with `{name}` declared diffopt.given()."
+    )
 
 
 def _joined(vectors: list[Tensor], form: QPForm) -> Tensor:
@@ -307,7 +332,12 @@ class _Sides(NamedTuple):
 
 CLEAR = 1e-7
 """Violation, relative to the sides, from which on an instance counts as infeasible without trying to solve it; below it
-(and above the tolerance) only if it cannot be solved. Also the largest relative error of the proof."""
+(and above what the first phase can tell from zero) only if it cannot be solved. Also the largest relative error of the
+proof."""
+
+LEAST = 1e-9
+"""Shift, relative to the sides, that is told from zero in the first phase: the tolerance of float64. To take a larger
+one for zero, such as the tolerance of float32, would leave a shifted problem that misses being feasible by as much."""
 
 
 def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
@@ -341,16 +371,18 @@ def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
         # That d'y < 0 where C'y = 0 and y >= 0 proves it; rounding errors of an unpolished y = 0 do not.
         error = torch.where(least.ok, problem.equalities(joined).abs().amax(-1), torch.inf)
         clear = (most > CLEAR) & (error <= CLEAR * depth)
+        # (A first phase that was not polished errs by its residuals, in each shift that is zero too.)
+        noise = torch.nan_to_num(10 * least.report.residuals.amax(0)).clamp(min(LEAST, tolerance), tolerance)
     # (Instances that clearly have no solution are not tried: proving it once more would cost the most of all.)
     first = solve(_made_feasible(form, clear))
     codes = (Status.PRIMAL_INFEASIBLE, Status.NUMERICAL_ERROR, Status.MAX_ITERATIONS)
     failed = torch.stack([first.status == int(code) for code in codes]).any(0)
-    use = clear | (failed & (most > tolerance))
+    use = clear | (failed & (most > noise))
     zero = _no_shifts(first)
     if _nowhere(use):
         return replace(first, shifts=zero, _value=lambda: first.value)
     none = zero.low
-    held = _Sides(*(((v.abs() > tolerance * size) & use.unsqueeze(-1)).detach() for v in y))
+    held = _Sides(*(((v.abs() > noise.unsqueeze(-1) * size) & use.unsqueeze(-1)).detach() for v in y))
     # Equalities are held anyway, so all of their shift counts.
     counted = held._replace(eq=use.unsqueeze(-1))
     t = _Sides(*(torch.where(mask, v, 0.0) for mask, v in zip(counted, y, strict=True)))
@@ -358,10 +390,10 @@ def _solve_closest(form: QPForm, solve: Solve, tolerance: float) -> Solution:
     shifted = _shifted(exact, t)
     second = solve(_with_held(shifted, held))
     point, dependent = _unheld(shifted, held, t, second)
-    rounded = kkt.Point(*(v.detach().to(form.dtype).double() for v in point))
+    detached = kkt.Point(*(v.detach() for v in point))
     # (For forward mode, which torch.compile has not; that of torch 2.11 cannot make the detached twin.)
     judge = shifted if torch.compiler.is_compiling() else shifted.detach()
-    found = _judged(judge, rounded, least, second, tolerance)
+    found = _judged(judge, detached, form.dtype, least, second, tolerance)
     status, residuals, spoiled = found
     counts = torch.stack([first.iterations + least.iterations + second.iterations, second.weakly_active, dependent])
     point = kkt.Point(*(gate(v, spoiled) for v in point))
@@ -395,8 +427,13 @@ def _nowhere(mask: Tensor) -> bool:
 
 
 def _no_shifts(solution: Solution) -> Shifts:
-    none = torch.zeros_like(solution.x)
-    return Shifts(torch.zeros_like(solution.nu), torch.zeros_like(solution.s), none, none)
+    none = _zeros(solution.x)
+    return Shifts(_zeros(solution.nu), _zeros(solution.s), none, none)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Return zeros with the graph of a tensor: a loss of the shifts has a gradient where nothing is shifted, too."""
+    return like.masked_fill(like.new_ones((), dtype=torch.bool), 0.0)
 
 
 def _made_feasible(form: QPForm, where: Tensor) -> QPForm:
@@ -507,15 +544,23 @@ class _Verdict(NamedTuple):
 
 
 @torch.no_grad()
-def _judged(form: Form, point: kkt.Point, least: Solution, found: Solution, tolerance: float) -> _Verdict:
+def _judged(
+    form: Form, point: kkt.Point, dtype: torch.dtype, least: Solution, found: Solution, tolerance: float
+) -> _Verdict:
     """Return status and residuals: those of the shifted problem, and not below those of the first phase.
+
+    Both are those of the point rounded to ``dtype``. Multipliers of constraints that depend on each other can be large
+    and cancel, and their rounding then costs more than the tolerance, but not x: the instance is ALMOST_SOLVED.
 
     ``spoiled``: instances that the second phase solved and that fail all the same.
     """
-    own = torch.stack(kkt.residuals(form, point))
-    residuals = torch.maximum(own, least.report.residuals)
-    worst = residuals.amax(0)
-    status = torch.where(found.ok, graded(worst, tolerance), found.status)
+    residuals = torch.stack(kkt.residuals(form, kkt.Point(*(v.to(dtype).to(v.dtype) for v in point))))
+    residuals = torch.maximum(residuals, least.report.residuals)
+    status = graded(residuals.amax(0), tolerance)
+    if dtype != form.dtype:
+        exact = torch.maximum(torch.stack(kkt.residuals(form, point)), least.report.residuals).amax(0)
+        status = torch.where(~succeeded(status) & (exact <= ALMOST), int(Status.ALMOST_SOLVED), status)
+    status = torch.where(found.ok, status, found.status)
     return _Verdict(status, residuals, found.ok & ~succeeded(status))
 
 

@@ -330,6 +330,13 @@ def test_the_pullback_is_linear_and_can_itself_be_differentiated(calls):
     assert torch.allclose(many, outer.expand(2, 7))
 
 
+def test_torch_refuses_to_linearize():
+    # docs/transforms.md says so, and what to do instead. Does it go one day, then take that out, and test it.
+    q = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="trying to get value out of a tracing tensor"):
+        torch.func.linearize(lambda q: diffopt.solve_qp(None, q, lower=0.0, upper=1.0).x, q)
+
+
 def test_torch_autograd_inside_a_transform():
     data = ordinary(7, 1, 3)
 

@@ -277,7 +277,7 @@ def screen_bounds(lower: Tensor, upper: Tensor, p: int, m: int) -> InstancePoint
 
 CERTIFIED = 1e-6
 """Residual of A'nu + G'lam - lam_lower + lam_upper, relative to the sum of magnitudes, up to which a
-Farkas direction of a foreign solver is passed on."""
+Farkas direction of a foreign solver is passed on; and of Qx, Ax, Gx and bounds, relative to rows and x, for a ray."""
 
 
 def farkas(
@@ -302,6 +302,28 @@ def farkas(
         return None
     x = torch.full_like(lam_lower, torch.nan)
     return Certificate(x, *(v / -value for v in (nu, lam, lam_lower, lam_upper)))
+
+
+def ray(data: dict[str, Tensor], x: Tensor) -> Certificate | None:
+    """Return a proof that the objective is unbounded below, normalised as `Certificate` says, if it holds.
+
+    Args:
+        data: one of `instances`.
+        x: a candidate direction, ``(n,)``.
+    """
+    fall = -(data["q"] @ x)
+    errors = {"Q": (data["Q"] @ x).abs(), "A": (data["A"] @ x).abs(), "G": (data["G"] @ x).clamp_min(0)}
+    errors["G"] = torch.where(torch.isfinite(data["h"]), errors["G"], 0)  # an absent row
+    relative = [error / (data[name].norm(dim=-1) + (data[name] == 0).all(-1)) for name, error in errors.items()]
+    relative.append(torch.where(torch.isfinite(data["lower"]), -x, 0))
+    relative.append(torch.where(torch.isfinite(data["upper"]), x, 0))
+    worst, size = torch.cat(relative).max(), x.abs().max()
+    # (A fall that the violation could have bought proves nothing.)
+    if not (worst <= CERTIFIED * size and fall > CERTIFIED * size * data["q"].abs().max()):
+        return None
+    nan = torch.nan
+    missing = (torch.full_like(data[side], nan) for side in ("b", "h", "q", "q"))
+    return Certificate(x / fall, *missing)
 
 
 def stack(form: Form, points: list[InstancePoint], executor: str) -> RawPoint:

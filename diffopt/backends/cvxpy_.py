@@ -18,13 +18,14 @@ from diffopt.backends.base import (
     RawPoint,
     farkas,
     instances,
+    ray,
     screen,
     solve_each,
 )
 from diffopt.backends.registry import register
 from diffopt.errors import BackendNotInstalled, BackendUnsupported, SettingsError
 from diffopt.problems.forms import Form, QPForm
-from diffopt.solution import Status
+from diffopt.solution import Certificate, Status
 from diffopt.solvers.settings import Settings
 
 DEFAULT_SOLVER = "CLARABEL"
@@ -177,10 +178,43 @@ def _solve_instance(
     if status == Status.PRIMAL_INFEASIBLE:  # then the duals are a Farkas direction, if the solver has one
         certificate = farkas(data, nu, lam, lam_lower, lam_upper)
         return InstancePoint(status, iterations=iterations, certificate=certificate)
-    if status in (Status.DUAL_INFEASIBLE, Status.NUMERICAL_ERROR) or x.value is None:
+    if status == Status.DUAL_INFEASIBLE:
+        return InstancePoint(status, iterations=iterations, certificate=_falling(data, solver, tight))
+    if status == Status.NUMERICAL_ERROR or x.value is None:
         return InstancePoint(status, iterations=iterations)
     solution = torch.as_tensor(x.value, dtype=torch.float64)
     return InstancePoint(status, solution, nu, lam, lam_lower, lam_upper, iterations)
+
+
+KERNEL = 1e-12
+"""Eigenvalues of Q below this times the largest are zero."""
+
+
+def _falling(data: dict[str, Tensor], solver: str, options: dict[str, Any]) -> Certificate | None:
+    """Return a direction in which the objective falls for ever, if the solver finds one. (CVXPY passes none on.)
+
+    It is the steepest one, in the largest norm, of those that keep all constraints and on which Q has no curvature: a
+    linear program over d = V y with V a basis of the kernel of Q.
+    """
+    cp = _cvxpy()
+    eigenvalues, vectors = np.linalg.eigh(data["Q"].numpy())
+    V = vectors[:, eigenvalues <= KERNEL * max(np.abs(eigenvalues).max(), 0)]
+    size = float(data["q"].abs().max())
+    if V.shape[1] == 0 or size == 0:
+        return None
+    A, G = (data[name].numpy() for name in ("A", "G"))
+    G = G[np.isfinite(data["h"].numpy())]
+    A, G = (rows[rows.any(axis=1)] for rows in (A, G))
+    A, G = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (A, G))
+    below, above = (np.isfinite(data[name].numpy()).nonzero()[0] for name in ("lower", "upper"))
+    y = cp.Variable(V.shape[1])
+    constraints = [V @ y <= 1, V @ y >= -1]
+    constraints += [A @ V @ y == 0] if len(A) else []
+    constraints += [G @ V @ y <= 0] if len(G) else []
+    constraints += [V[below] @ y >= 0] if below.size else []
+    constraints += [V[above] @ y <= 0] if above.size else []
+    _run(cp.Problem(cp.Minimize((data["q"].numpy() / size) @ V @ y), constraints), solver, options)
+    return None if y.value is None else ray(data, torch.from_numpy(V @ y.value))
 
 
 def _run(problem: Any, solver: str, options: dict[str, Any]) -> str:

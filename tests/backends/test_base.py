@@ -9,7 +9,7 @@ import diffopt
 from closed_forms import FAILURES, everything, failing, form
 from diffopt import Diagonal, DiagonalPlusLowRank, QPForm, Settings, Status
 from diffopt.backends import Backend, Capabilities, InstancePoint, RawPoint, instances, stack
-from diffopt.backends.base import farkas, in_float64, screen, screen_bounds, solve_each
+from diffopt.backends.base import farkas, in_float64, ray, screen, screen_bounds, solve_each
 from diffopt.cones import NonnegativeCone
 from diffopt.problems import NonlinearForm
 from diffopt.solution import Certificate
@@ -193,6 +193,37 @@ def test_certificate_of_crossed_bounds():
     assert lam_lower.tolist() == lam_upper.tolist() == [0, 0.5, 0]
     assert -lower @ lam_lower + upper @ lam_upper == -1
     assert screen_bounds(lower, lower, p=0, m=0) is None
+
+
+def test_rays_are_normalised_and_checked():
+    f64, inf = torch.float64, torch.inf
+    Q = torch.diag(torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=f64))
+    G = torch.tensor([[0.0, -1, 0, 0], [5, 0, 0, 0]], dtype=f64)
+    sides = {"h": torch.tensor([1.0, inf], dtype=f64), "lower": [0.0, -inf, -inf, -inf], "upper": [inf, inf, 0, inf]}
+    q = torch.tensor([-2.0, 1, 0, 0], dtype=f64)
+    (data,) = diffopt.backends.instances(
+        QPForm(
+            Q,
+            q,
+            torch.tensor([[0.0, 0, 1, 0]], dtype=f64),
+            3.0,
+            G,
+            **{k: torch.as_tensor(v, dtype=f64) for k, v in sides.items()},
+        )
+    )
+
+    def along(*x):
+        return ray(data, torch.tensor(x, dtype=f64))
+
+    found = along(4.0, 0, 0, 0)
+    assert found is not None and found.x.tolist() == [0.5, 0, 0, 0]
+    assert found.nu.isnan().all() and found.nu.shape == (1,) and found.lam.shape == (2,)
+    assert along(4.0, 0, 0, 1e-7) is not None and along(4.0, 3, 0, 0) is not None
+    # The wrong way; curved; along an equality, a row, a bound that forbids it; no way at all.
+    for x in ((-1.0, 0, 0, 0), (1, 0, 0, 1e-3), (1, 0, -1e-3, 0), (1, -1e-3, 0, 0), (-1, -1, 0, 0), (0, 0, 0, 0)):
+        assert along(*map(float, x)) is None, x
+    data["A"] = torch.zeros_like(data["A"])
+    assert along(1.0, 0, -1, 0) is not None and along(1.0, 0, 1e-3, 0) is None and along(-1.0, -4, 0, 0) is None
 
 
 def test_farkas_directions_are_normalised_and_checked():

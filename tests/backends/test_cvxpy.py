@@ -110,7 +110,7 @@ def test_table_of_statuses(monkeypatch, code, status):
 )
 def test_infeasible_or_unbounded_is_decided_by_a_second_solve(monkeypatch, feasible, status):
     codes = iter(["infeasible_or_unbounded", feasible])
-    monkeypatch.setattr(cvxpy_, "_run", lambda *_: next(codes))
+    monkeypatch.setattr(cvxpy_, "_run", lambda *_: next(codes, "solver_error"))
     (data,) = diffopt.backends.instances(form(everything()[0]))
     assert cvxpy_._solve_instance(data, "CLARABEL", {}, {}).status == status
 
@@ -151,3 +151,25 @@ def test_construction_without_cvxpy_waits_for_the_registry_to_refuse(monkeypatch
     backend = CvxpyBackend("OSQP", max_iter=10)
     with pytest.raises(BackendNotInstalled, match="needs a_package_that_is_not_there"):
         diffopt.backends.get(backend)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_ray_of_an_unbounded_program(linear):
+    problem = diffopt.check.known.unbounded_program(3, 5, 1, 4, linear=linear, bounds="mixed", batch=(3,))
+    found = CvxpyBackend().solve(QPForm(**problem.arguments()), Settings())
+    assert found.certificate is not None and torch.equal(found.status, problem.status)
+    for d, instance in zip(found.certificate.x, problem.instances(), strict=True):
+        assert abs(instance.q @ d + 1) <= 1e-12
+        assert instance.Q is None or (instance.Q @ d).abs().max() <= 1e-9
+        assert (instance.A @ d).abs().max() <= 1e-9 and (instance.G @ d).max() <= 1e-9
+        assert bool((d[instance.lower.isfinite()] >= -1e-9).all())
+        assert bool((d[instance.upper.isfinite()] <= 1e-9).all())
+    assert found.certificate.lam.isnan().all()
+
+
+def test_a_bounded_program_has_no_ray():
+    for linear in (True, False):
+        (data,) = diffopt.backends.instances(form(everything(linear)[0]))
+        assert cvxpy_._falling(data, "CLARABEL", {}) is None
+    (data,) = diffopt.backends.instances(QPForm(None, torch.zeros(2, dtype=f64)))
+    assert cvxpy_._falling(data, "CLARABEL", {}) is None
