@@ -215,7 +215,7 @@ def _solve_elastic(form: QPForm, elastic: Elastic, weights: Mapping[str, Any], s
 
     pieces = list(found.x[..., n:].split([w.shape[-1] for _, _, w in columns], -1))
     missed = [pieces.pop(0) for _ in (signs if eq is not None else ())]
-    zero = found.x.new_zeros(*form.batch_shape, n)
+    zero = torch.zeros_like(found.x[..., :n])
     eq_shift = torch.zeros_like(found.nu)
     if eq is not None:
         eq_shift = eq.reach * (missed[0] - missed[1] if len(missed) == 2 else missed[0])
