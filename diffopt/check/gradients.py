@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import kkt
+from diffopt import infeasible, kkt
 from diffopt.backends import Backend
 from diffopt.errors import DtypeError, GradientCheckFailed, ParameterError
+from diffopt.infeasible import Elastic
 from diffopt.layer import Layer, solve
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.problems import DifferentiableProblem, Form, QPStructure
@@ -27,6 +28,13 @@ OUTPUTS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "value")
 # Why an instance was not compared, a later reason prevailing over an earlier one; 0 is compared.
 _REASONS = ("", "active set changes within the step", "weakly active row", "dependent active rows", "not solved")
 MOVED, WEAK, DEPENDENT, FAILED = 1, 2, 3, 4
+
+_UNIQUE = ("x", "s", "value")
+"""Outputs that are unique, and differentiable along changes that leave ``_ROWS`` alone, at a closest problem."""
+_ROWS = ("A", "G")
+
+SHIFTED = 1e-8
+"""From which size, relative to x and s, the shift of a side (`Solution.shifts`) is more than noise."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +150,9 @@ def gradients(
     that are not solved.
 
     Args:
-        layer_or_problem: a `diffopt.Layer` (its learned parameters are checked too) or a problem.
-        params: the given parameters by name, in float64.
+        layer_or_problem: a `diffopt.Layer`, checked with its ``on_infeasible`` (its learned parameters and learned
+            weights of `Elastic` constraints are checked too), or a problem.
+        params: what a call gives, by name, in float64: parameters, and weights of `Elastic` constraints.
         backend, settings: as for `diffopt.solve`; those of the layer by default, ``"auto"`` for a problem.
         outputs: some of x, s, lam, nu, lam_lower, lam_upper, value.
         directions: how many for each parameter. Each costs two solves.
@@ -164,27 +173,34 @@ def gradients(
         raise ParameterError(f"Unknown output {', '.join(map(repr, unknown))}. Expected some of {', '.join(OUTPUTS)}.")
     layer = layer_or_problem if isinstance(layer_or_problem, Layer) else None
     problem = layer_or_problem.problem if isinstance(layer_or_problem, Layer) else layer_or_problem
-    values = problem.collect(params, None if layer is None else _own(layer))
+    own = None if layer is None else _own(layer)
+    policy = None if layer is None else layer.on_infeasible
+    prices, given = infeasible.take_weights(policy, params, own)
+    values = problem.collect(given, own) | prices
     backend = backend or ("auto" if layer is None else layer.backend)
     settings = layer.settings if settings is None and layer is not None else settings
-    leaves = _leaves(problem, values)
+    leaves = _leaves(problem, policy, values)
     if not leaves:
         raise ParameterError(
             f"No parameter of {type(problem).__name__} is a floating tensor, so there is nothing to differentiate."
         )
     start = {leaf.name: leaf.tensor for leaf in leaves}
-    opened = _opened(problem)
+    opened, soft = _opened(problem), _opened_policy(policy)
 
     def run(tensors: Mapping[str, Tensor]) -> tuple[Solution, Tensor]:
-        call = {name: _rebuilt(problem, name, values[name], tensors) for name in opened.given_names()}
-        solution = solve(opened, call, backend=backend, settings=settings, on_failure="return")
-        return solution, _active(opened.standard_form(opened.collect(call)), solution)
+        names = (*opened.given_names(), *prices)
+        call = {name: _rebuilt(problem, name, values[name], tensors) for name in names}
+        solution = solve(opened, call, backend=backend, settings=settings, on_failure="return", on_infeasible=soft)
+        _, given = infeasible.take_weights(soft, call)
+        return solution, _active(opened.standard_form(opened.collect(given)), solution)
 
     tracked = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
     base, pattern = run(tracked)
     generator = torch.Generator().manual_seed(seed)
     cotangents = {name: _normal(getattr(base, name), generator) for name in outputs}
     kinks = _kinks(base)
+    # Rows that are shifted to the closest problem depend on each other: only changes of A and G tell them apart.
+    closest = (kinks == DEPENDENT) & _shifted(base) if policy == "closest" else kinks < 0
     step = _step(base.residuals.worst()[kinks == 0]) if step is None else step
 
     rows: list[Row] = []
@@ -202,9 +218,10 @@ def gradients(
             # Rounding moved the two ends a little: differentiate along what they really differ by.
             direction = torch.where(leaf.tensor.isfinite(), (high - low) / (2 * step), 0.0)
             same = ((above.pattern == pattern) & (below.pattern == pattern)).all(-1)
-            codes = torch.where(kinks == 0, torch.where(same, 0, MOVED), kinks)
-            codes = torch.where((kinks == 0) & ~(above.ok & below.ok), FAILED, codes)
+            moved = torch.where(above.ok & below.ok, torch.where(same, 0, MOVED), FAILED)
             for output, record in records.items():
+                known = isinstance(problem, QPStructure) and leaf.name not in _ROWS and output in _UNIQUE
+                codes = torch.where((kinks == 0) | (closest & known), moved, kinks)
                 cotangent = cotangents[output]
                 kept = codes == 0 if output == "value" else (codes == 0).unsqueeze(-1)
                 # An instance whose incoming gradient is exactly zero contributes nothing, whatever its state.
@@ -224,7 +241,8 @@ class _Leaf:
     Attributes:
         core: how many trailing dimensions belong to one instance; ``None`` where only the user's own
             code knows: then it counts as shared, and sums over the batch are compared.
-        kind: "symmetric" and "diagonal" matrices stay positive semidefinite when they move; or "plain".
+        kind: "symmetric" matrices stay positive semidefinite when they move, "positive" vectors (diagonals, weights)
+            at least zero; or "plain".
     """
 
     name: str
@@ -301,9 +319,9 @@ def _step(residuals: Tensor) -> float:
 
 
 def _own(layer: Layer) -> dict[str, Any]:
-    """Return the learned and fixed values of a layer by the names of the problem's parameters."""
+    """Return the learned and fixed values of a layer by the names of its parameters and weights."""
     own: dict[str, Any] = {}
-    for name, declared in layer.problem.declared.items():
+    for name, declared in (layer.problem.declared | infeasible.declared_weights(layer.on_infeasible)).items():
         pairs = zip(declared.part_names(name), declared.parts, strict=False)
         parts = [getattr(layer, part) if isinstance(value, Tensor) else value for part, value in pairs]
         if parts:
@@ -314,21 +332,35 @@ def _own(layer: Layer) -> dict[str, Any]:
 def _opened(problem: DifferentiableProblem) -> DifferentiableProblem:
     """Return a copy of the problem whose learned and fixed parameters are given at the call too."""
     opened = copy.copy(problem)
-    opened.declared = {
-        name: declared if declared.kind == "absent" else replace(declared, kind="given", parts=())
-        for name, declared in problem.declared.items()
-    }
+    opened.declared = _all_given(problem.declared)
     return opened
 
 
-def _leaves(problem: DifferentiableProblem, values: Mapping[str, Any]) -> list[_Leaf]:
-    """Return the floating tensors of the given and learned parameters."""
+def _opened_policy(policy: infeasible.Policy) -> infeasible.Policy:
+    """Return a copy of the policy whose learned and fixed weights are given at the call too."""
+    if not isinstance(policy, Elastic):
+        return policy
+    opened = copy.copy(policy)
+    opened.declared = _all_given(policy.declared)
+    return opened
+
+
+def _all_given(declared: Mapping[str, Declared]) -> dict[str, Declared]:
+    return {
+        name: one if one.kind == "absent" else replace(one, kind="given", parts=()) for name, one in declared.items()
+    }
+
+
+def _leaves(problem: DifferentiableProblem, policy: infeasible.Policy, values: Mapping[str, Any]) -> list[_Leaf]:
+    """Return the floating tensors of the given and learned parameters and weights."""
     leaves = []
+    weights = infeasible.declared_weights(policy)
     for name, value in values.items():
-        declared = problem.declared.get(name, Declared("given"))
-        if declared.kind == "fixed":
+        if (problem.declared | weights).get(name, Declared("given")).kind == "fixed":
             continue
         for leaf_name, tensor, core, kind in _parts(problem, name, value):
+            if name in weights:
+                core, kind = 1 if tensor.dim() else None, "positive"
             if not tensor.is_floating_point():
                 continue
             if tensor.dtype != torch.float64:
@@ -345,13 +377,13 @@ def _parts(problem: DifferentiableProblem, name: str, value: Any) -> list[tuple[
     form = problem.declared[name].form if name in problem.declared else "dense"
     if isinstance(value, SymmetricMatrix):
         tensors, cores = value.tensors(), value.core_dims()
-        kinds = ["symmetric"] if cores == (2,) else ["diagonal", "plain"]
+        kinds = ["symmetric"] if cores == (2,) else ["positive", "plain"]
     elif isinstance(value, tuple | list):
-        tensors, cores, kinds = tuple(value), (1, 2), ["diagonal", "plain"]
+        tensors, cores, kinds = tuple(value), (1, 2), ["positive", "plain"]
     elif isinstance(value, Tensor):
         tensors, cores, kinds = (value,), (_core_dims(problem, name, value, form),), ["plain"]
         if form in ("diagonal", "scaled_identity"):
-            kinds = ["diagonal"]
+            kinds = ["positive"]
         elif name == "Q" and value.dim() >= 2 and value.shape[-1] == value.shape[-2]:
             kinds = ["symmetric"]
     else:
@@ -387,7 +419,7 @@ def _mover(leaf: _Leaf, step: float, generator: torch.Generator) -> Callable[[fl
     direction = torch.where(finite, noise, 0.0) * (largest or 1.0)
     if tensor.numel() == 0:
         return lambda t: tensor
-    if leaf.kind == "diagonal" and bool((tensor - step * direction.abs() < 0).any()):
+    if leaf.kind == "positive" and bool((tensor - step * direction.abs() < 0).any()):
         return lambda t: tensor * (1 + t * noise)
     if leaf.kind == "symmetric":
         direction = 0.5 * (direction + direction.mT)
@@ -407,11 +439,18 @@ def _kinks(solution: Solution) -> Tensor:
     return torch.where(solution.ok, codes, FAILED)
 
 
+def _shifted(solution: Solution) -> Tensor:
+    """Return which instances had sides shifted."""
+    assert solution.shifts is not None
+    return torch.cat([v.detach() != 0 for v in solution.shifts], -1).any(-1)
+
+
 def _active(form: Form, solution: Solution) -> Tensor:
     """Return which rows, lower and upper bounds are active, ``(*batch, m + 2 n)``.
 
     A constraint counts as active where its multiplier is larger than its slack, each relative to
-    the largest of its kind in the instance: multipliers to forces, slacks to x and s.
+    the largest of its kind in the instance: multipliers to forces, slacks to x and s. Where sides were shifted
+    (``on_infeasible``), which ones and in which direction follows.
     """
     x, s, lam, nu, lam_lower, lam_upper = (
         getattr(solution, name).detach() for name in ("x", "s", "lam", "nu", "lam_lower", "lam_upper")
@@ -425,7 +464,13 @@ def _active(form: Form, solution: Solution) -> Tensor:
     sizes = [torch.where(slack.isfinite(), slack, 0.0), x]
     length = max_abs(torch.cat(sizes, -1)).unsqueeze(-1)
     forces = max_abs(torch.cat([dual, nu, force], -1)).unsqueeze(-1)
-    return dual * torch.where(length > 0, length, 1.0) > slack * torch.where(forces > 0, forces, 1.0)
+    active = dual * torch.where(length > 0, length, 1.0) > slack * torch.where(forces > 0, forces, 1.0)
+    if solution.shifts is None:
+        return active
+    eq, row, low, high = (v.detach() / torch.where(length > 0, length, 1.0) for v in solution.shifts)
+    moved = torch.cat([row, low, high], -1) > SHIFTED
+    # (What was moved holds with equality, whatever its multiplier: under "closest" that is not unique.)
+    return torch.cat([active | moved, moved, eq > SHIFTED, eq < -SHIFTED], -1)
 
 
 def _pulled_back(output: Tensor, cotangent: Tensor, tensor: Tensor) -> Tensor:

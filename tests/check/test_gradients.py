@@ -240,6 +240,54 @@ def test_settings_and_backend_of_a_layer_are_used() -> None:
     assert diffopt.check.gradients(layer, params, directions=1, backend="pdipm").backend == "pdipm"
 
 
+@pytest.mark.parametrize("penalty", ["l1", "squared"])
+def test_soft_constraints_of_a_layer_are_checked_with_their_weights(penalty: Any) -> None:
+    problem, params = posed()
+    params = params | {"h": params["h"] - 3}
+    elastic = diffopt.Elastic(
+        penalty, eq=diffopt.learned(torch.tensor(0.3, dtype=torch.float64)), row=diffopt.given(), bound=2.0
+    )
+    call = params | {"elastic_row": 0.5 + torch.rand(3, 4, generator=torch.Generator().manual_seed(0)).double()}
+    layer = diffopt.Layer(problem, on_infeasible=elastic)
+    assert bool((layer.solve(**call).shifts.row > 0.1).any())  # type: ignore[union-attr]
+    report = diffopt.check.gradients(layer, call, outputs=("x", "value"))
+    assert report.ok and all(row.compared == 3 for row in report.rows), report
+    assert {row.parameter for row in report.rows} == {*call, "elastic_eq"}
+    problem.plant("h", [1.0, 1.01, 1.0])
+    report = diffopt.check.gradients(layer, call, outputs=("x", "value"))
+    assert {row.parameter for row in report.rows if row.worst_error > report.tolerance} == {"h"}
+    with pytest.raises(diffopt.ParameterError, match="need `elastic_row`, which was not given"):
+        diffopt.check.gradients(layer, params)
+
+
+def test_the_kink_of_an_l1_penalty_within_the_step_is_reported() -> None:
+    # min (x - c)^2/2 + max(x, 0): x = 0 up to c = 1, then c - 1, and the row is active on both sides.
+    eye, zero = torch.eye(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    layer = diffopt.Layer(diffopt.QPStructure(1, Q=eye, G=eye, h=zero), on_infeasible=diffopt.Elastic(row=1.0))
+    q = -torch.tensor([[1.001], [0.999], [2.0]], dtype=torch.float64)
+    (row,) = diffopt.check.gradients(layer, {"q": q}, step=1e-2).rows
+    assert row.compared == 1 and row.skipped == {"active set changes within the step": 2}
+    assert diffopt.check.gradients(layer, {"q": q}).rows[0].compared == 3
+
+
+def test_the_closest_problem_is_checked_where_it_is_differentiable() -> None:
+    problem, params = posed()
+    crossed = params["lower"].clone()
+    crossed[1] = params["upper"][1] + 0.1
+    layer, call = diffopt.Layer(problem, on_infeasible="closest"), params | {"lower": crossed}
+    report = diffopt.check.gradients(layer, call, outputs=("x", "value"))
+    for row in report.rows:
+        expected = {"dependent active rows": 1} if row.parameter in ("A", "G") else {}
+        assert row.skipped == expected and row.compared == 3 - len(expected), report
+    assert report.ok, report
+    report = diffopt.check.gradients(layer, call, outputs=("lam",))
+    assert all(row.skipped == {"dependent active rows": 1} for row in report.rows), report
+    report = diffopt.check.gradients(
+        diffopt.Layer(problem.plant("lower", [1.0, 1.01, 1.0]), on_infeasible="closest"), call
+    )
+    assert [row.parameter for row in report.rows if row.worst_error > report.tolerance] == ["lower"]
+
+
 def test_bad_arguments() -> None:
     problem, params = posed()
     with pytest.raises(diffopt.DtypeError, match=r"`Q` has dtype torch.float32. Expected torch.float64"):
