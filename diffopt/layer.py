@@ -48,7 +48,8 @@ class Layer(nn.Module):
 
     Raises:
         UnknownBackend, BackendNotInstalled, SettingsError: at construction.
-        ParameterError: at construction, too: a parameter that calls give is named `start`.
+        ParameterError: at construction, too: a parameter that calls give is named `start`, or one that is learned or
+            fixed is named like an attribute of the layer.
     """
 
     def __init__(
@@ -83,6 +84,11 @@ class Layer(nn.Module):
                 if not isinstance(part, Tensor):
                     kept.append(part)
                     continue
+                if hasattr(self, part_name) or "." in part_name:
+                    raise ParameterError(
+                        f"{type(problem).__name__} has a {declared.kind} parameter `{part_name}`, a name that a layer "
+                        f"cannot register: it has an attribute of this name, or the name has a dot. Give it another."
+                    )
                 copy = part.detach().clone()
                 if declared.kind == "learned":
                     self.register_parameter(part_name, nn.Parameter(copy))

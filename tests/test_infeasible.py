@@ -519,6 +519,13 @@ def test_shared_data_and_more_batch_dimensions() -> None:
             assert measures.relative(a, b) <= EXACT_ALGEBRA
 
 
+def test_shifts_have_the_batch_of_the_weights() -> None:
+    data = {name: value[0] for name, value in contradictory(700, batch=1).items()}
+    weights = torch.tensor([[1.0], [2.0], [3.0]], dtype=FLOAT64).expand(3, 4)
+    shifts = diffopt.solve_qp(**data, on_infeasible=Elastic(row=weights)).shifts
+    assert shifts is not None and [v.shape[0] for v in shifts] == [3] * 4
+
+
 @pytest.mark.parametrize("policy", ["closest", "elastic"])
 def test_every_backend(backend: str, policy: Any) -> None:
     data = contradictory(800)

@@ -135,3 +135,13 @@ def test_almost_solved_warns_and_is_differentiable():
         solution = diffopt.solve_qp(Q, q, G=G, h=torch.full((2,), 0.1, dtype=torch.float64), settings=settings)
     assert solution.status.tolist() == [Status.ALMOST_SOLVED]
     assert torch.autograd.grad(solution.x.sum(), q)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["forward", "problem", "train"])
+def test_a_parameter_named_like_an_attribute_of_a_layer(name):
+    def form(self, q, **more):
+        return diffopt.QPForm(Q=torch.eye(2), q=q)
+
+    named = type("Named", (diffopt.QuadraticProgram,), {"form": form, "param_names": lambda self: ("q", name)})
+    with pytest.raises(diffopt.ParameterError, match=f"Named has a learned parameter `{name}`, a name that a layer"):
+        diffopt.Layer(named(**{name: diffopt.learned(torch.ones(2))}))

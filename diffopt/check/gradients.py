@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffopt import kkt
+from diffopt import infeasible, kkt
 from diffopt.backends import Backend
-from diffopt.errors import DtypeError, GradientCheckFailed, ParameterError
+from diffopt.errors import DtypeError, GradientCheckFailed, ParameterError, SettingsError
+from diffopt.infeasible import Elastic
 from diffopt.layer import Layer, solve
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.problems import DifferentiableProblem, Form, QPStructure
@@ -28,6 +29,17 @@ OUTPUTS = ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "value")
 _REASONS = ("", "active set changes within the step", "weakly active row", "dependent active rows", "not solved")
 MOVED, WEAK, DEPENDENT, FAILED = 1, 2, 3, 4
 
+BEND, ROUNDING = 10, 100
+"""Differences are taken to be off by so many times what their ends are off symmetry, and so many times the residual of
+the solve (relative to the output). Two samples of noise may agree by chance, and rows may be ill-conditioned."""
+
+_UNIQUE = ("x", "s", "value")
+"""Outputs that are unique, and differentiable along changes that leave ``_ROWS`` alone, at a closest problem."""
+_ROWS = ("A", "G")
+
+SHIFTED = 1e-8
+"""From which size, relative to x and s, the shift of a side (`Solution.shifts`) is more than noise."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -35,13 +47,16 @@ class Row:
 
     Attributes:
         parameter, output: names; the two parts of a diagonal plus low rank Q are ``Q_diagonal``, ``Q_factor``.
-        worst_error: largest |analytic - numeric| / (1 + |numeric|) over directions and instances; 0 if
-            nothing was compared.
+        worst_error: largest |analytic - numeric| over directions and instances, relative to the size of the
+            derivative, or to ``noise / tolerance`` where that is larger; 0 if nothing was compared.
         worst_instance: batch index of the worst one; ``None`` for a parameter that the batch shares
             (its derivative is that of the sum over the batch) or if nothing was compared.
         compared: instances compared along at least one direction.
         skipped: instances compared along none, counted by reason: there the solution has, or may have, a
             kink, or does not exist.
+        derivative: size of the largest derivative met, for relative changes of the parameter.
+        noise: what differences cannot resolve, at most. A derivative below it is confirmed as small, no more; the
+            table shows it as "< noise".
     """
 
     parameter: str
@@ -50,6 +65,8 @@ class Row:
     worst_instance: tuple[int, ...] | None
     compared: int
     skipped: dict[str, int]
+    derivative: float
+    noise: float
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,13 @@ class GradientReport:
                 f"Nothing could be compared for: {', '.join(empty)}. Expected some instance away from kinks; "
                 f"take other values of the parameters, or a smaller `step`."
             )
+            if any(_REASONS[DEPENDENT] in row.skipped for row in self.rows):
+                parts.append(
+                    "Where active rows depend on each other, multipliers are not unique and x has a kink in other "
+                    "directions than those that keep the rows consistent: differences have nothing to say, and the "
+                    "gradient is the minimum-norm one. Take data at which fewer rows hold with equality (in an l1 "
+                    "term written with extra variables: at which every entry moves), or leave out redundant rows."
+                )
         raise GradientCheckFailed(" ".join(parts) + f"\n{self}")
 
     def _verdict(self, row: Row) -> str:
@@ -95,16 +119,16 @@ class GradientReport:
         return "ok" if row.worst_error <= self.tolerance else "wrong"
 
     def __str__(self) -> str:
-        heads = ("parameter", "output", "worst error", "compared", "skipped", "")
+        heads = ("parameter", "output", "derivative", "worst error", "compared", "skipped", "")
         lines: list[tuple[str, ...]] = [heads]
         for row in self.rows:
             where = f" at {row.worst_instance}" if row.worst_instance else ""
             skipped = ", ".join(f"{count} ({reason})" for reason, count in row.skipped.items()) or "0"
             error = f"{row.worst_error:.1e}" if row.compared else "-"
+            size = f"{row.derivative:.1e}" if row.derivative > row.noise else f"< {row.noise:.1e}"
             verdict = self._verdict(row)
-            lines.append(
-                (row.parameter, row.output, error, str(row.compared), skipped, verdict + where * (verdict == "wrong"))
-            )
+            cells = (row.parameter, row.output, size if row.compared else "-", error, str(row.compared), skipped)
+            lines.append((*cells, verdict + where * (verdict == "wrong")))
         widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
         table = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
         return (
@@ -142,15 +166,19 @@ def gradients(
     that are not solved.
 
     Args:
-        layer_or_problem: a `diffopt.Layer` (its learned parameters are checked too) or a problem.
-        params: the given parameters by name, in float64.
+        layer_or_problem: a `diffopt.Layer`, checked with its ``on_infeasible`` (its learned parameters and learned
+            weights of `Elastic` constraints are checked too), or a problem.
+        params: what a call gives, by name, in float64: parameters, and weights of `Elastic` constraints.
         backend, settings: as for `diffopt.solve`; those of the layer by default, ``"auto"`` for a problem.
         outputs: some of x, s, lam, nu, lam_lower, lam_upper, value.
         directions: how many for each parameter. Each costs two solves.
         step: t above, dimensionless. Default: the cube root of the worst relative residual of the
             solution, between 6e-6 (the cube root of the float64 eps) and 1e-2. Truncation errs by about
             t^2 and the noise r of the solve by r/t; both are r^(2/3) at t = r^(1/3).
-        tolerance: largest accepted |analytic - numeric| / (1 + |numeric|).
+        tolerance: largest accepted |analytic - numeric|, relative to the size of the derivative: the 2-norm of
+            v * (o(theta + t d) - o(theta - t d)) / (2 t), which does not vanish where its entries cancel. Differences
+            smaller than their own noise are accepted too; it is estimated by the solver's residual, relative to o, and
+            by how far the two ends lie from the middle, and taken to be at most the tolerance times max(1, size of o).
         seed: of cotangents and directions.
 
     Returns:
@@ -158,38 +186,47 @@ def gradients(
 
     Raises:
         DtypeError: a parameter is not float64: differences would drown in rounding.
-        ParameterError: an unknown output, or nothing to differentiate.
+        ParameterError: ``params`` is no mapping, no output or an unknown one, or nothing to differentiate.
+        SettingsError: ``directions``, ``step`` or ``tolerance`` is out of range.
     """
-    if unknown := [name for name in outputs if name not in OUTPUTS]:
-        raise ParameterError(f"Unknown output {', '.join(map(repr, unknown))}. Expected some of {', '.join(OUTPUTS)}.")
+    _check_arguments(params, outputs, directions, step, tolerance)
     layer = layer_or_problem if isinstance(layer_or_problem, Layer) else None
     problem = layer_or_problem.problem if isinstance(layer_or_problem, Layer) else layer_or_problem
-    values = problem.collect(params, None if layer is None else _own(layer))
+    own = None if layer is None else _own(layer)
+    policy = None if layer is None else layer.on_infeasible
+    prices, given = infeasible.take_weights(policy, params, own)
+    values = problem.collect(given, own) | prices
     backend = backend or ("auto" if layer is None else layer.backend)
     settings = layer.settings if settings is None and layer is not None else settings
-    leaves = _leaves(problem, values)
+    leaves = _leaves(problem, policy, values)
     if not leaves:
         raise ParameterError(
             f"No parameter of {type(problem).__name__} is a floating tensor, so there is nothing to differentiate."
         )
     start = {leaf.name: leaf.tensor for leaf in leaves}
-    opened = _opened(problem)
+    opened, soft = _opened(problem), _opened_policy(policy)
 
     def run(tensors: Mapping[str, Tensor]) -> tuple[Solution, Tensor]:
-        call = {name: _rebuilt(problem, name, values[name], tensors) for name in opened.given_names()}
-        solution = solve(opened, call, backend=backend, settings=settings, on_failure="return")
-        return solution, _active(opened.standard_form(opened.collect(call)), solution)
+        names = (*opened.given_names(), *prices)
+        call = {name: _rebuilt(problem, name, values[name], tensors) for name in names}
+        solution = solve(opened, call, backend=backend, settings=settings, on_failure="return", on_infeasible=soft)
+        _, given = infeasible.take_weights(soft, call)
+        return solution, _active(opened.standard_form(opened.collect(given)), solution)
 
     tracked = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
     base, pattern = run(tracked)
     generator = torch.Generator().manual_seed(seed)
-    cotangents = {name: _normal(getattr(base, name), generator) for name in outputs}
+    cotangents = {name: _normal(_entries(getattr(base, name), name), generator) for name in outputs}
     kinks = _kinks(base)
+    least = torch.finfo(torch.float64).eps
+    rounding = ROUNDING * base.residuals.worst().nan_to_num().clamp_min(least).unsqueeze(-1)
+    # Rows that are shifted to the closest problem depend on each other: only changes of A and G tell them apart.
+    closest = (kinks == DEPENDENT) & _shifted(base) if policy == "closest" else kinks < 0
     step = _step(base.residuals.worst()[kinks == 0]) if step is None else step
 
     rows: list[Row] = []
     for leaf in leaves:
-        records = {output: _Record(leaf, base) for output in outputs}
+        records = {output: _Record(leaf, base, tolerance) for output in outputs}
         movers = [_mover(leaf, step, generator) for _ in range(directions)]
         points = [move(sign * step) for move in movers for sign in (1.0, -1.0)]
         with torch.no_grad():
@@ -197,24 +234,47 @@ def gradients(
                 leaf, points, outputs, lambda moved, leaf=leaf: run(start | {leaf.name: moved}), len(kinks.shape)
             )
         for k in range(directions):
-            high, low = points[2 * k : 2 * k + 2]
+            end, other = points[2 * k : 2 * k + 2]
             above, below = ends[2 * k : 2 * k + 2]
             # Rounding moved the two ends a little: differentiate along what they really differ by.
-            direction = torch.where(leaf.tensor.isfinite(), (high - low) / (2 * step), 0.0)
+            direction = torch.where(leaf.tensor.isfinite(), (end - other) / (2 * step), 0.0)
+            reach = float(direction.abs().max()) if direction.numel() else 0.0
             same = ((above.pattern == pattern) & (below.pattern == pattern)).all(-1)
-            codes = torch.where(kinks == 0, torch.where(same, 0, MOVED), kinks)
-            codes = torch.where((kinks == 0) & ~(above.ok & below.ok), FAILED, codes)
+            moved = torch.where(above.ok & below.ok, torch.where(same, 0, MOVED), FAILED)
             for output, record in records.items():
-                cotangent = cotangents[output]
-                kept = codes == 0 if output == "value" else (codes == 0).unsqueeze(-1)
+                known = isinstance(problem, QPStructure) and leaf.name not in _ROWS and output in _UNIQUE
+                codes = torch.where((kinks == 0) | (closest & known), moved, kinks)
+                kept = (codes == 0).unsqueeze(-1)
                 # An instance whose incoming gradient is exactly zero contributes nothing, whatever its state.
-                weights = torch.where(kept, cotangent, 0.0)
-                gradient = _pulled_back(getattr(base, output), weights, tracked[leaf.name])
-                change = (above.outputs[output] - below.outputs[output]) / (2 * step)
-                numeric = torch.where(kept, weights * change, 0.0)
-                record.add(codes, gradient * direction, numeric if output == "value" else numeric.sum(-1))
+                weights = torch.where(kept, cotangents[output], 0.0)
+                seen = weights.squeeze(-1) if output == "value" else weights
+                gradient = _pulled_back(getattr(base, output), seen, tracked[leaf.name])
+                middle, high, low = (
+                    torch.where(kept, weights * _entries(o, output), 0.0)
+                    for o in (getattr(base, output).detach(), above.outputs[output], below.outputs[output])
+                )
+                # (Gradients have rounding errors too, where x, and all differences with it, are exactly zero.)
+                known_to = weights * least * (1 + reach) + rounding * middle / step
+                slope, bend = (high - low) / (2 * step), (high - 2 * middle + low) / (2 * step)
+                record.add(codes, gradient * direction, slope, BEND * bend, known_to, middle)
         rows += [record.row(leaf.name, output) for output, record in records.items()]
     return GradientReport(tuple(rows), tolerance, step, base.backend, base.executor)
+
+
+def _check_arguments(params: Any, outputs: Any, directions: int, step: float | None, tolerance: float) -> None:
+    if not isinstance(params, Mapping):
+        raise ParameterError(
+            f"`params` is {type(params).__name__}. Expected the given parameters by name, for example {{'q': q}}."
+        )
+    if isinstance(outputs, str) or not outputs:
+        raise ParameterError(f"`outputs` = {outputs!r}. Expected some of {', '.join(OUTPUTS)}, for example ('x',).")
+    if unknown := [name for name in outputs if name not in OUTPUTS]:
+        raise ParameterError(f"Unknown output {', '.join(map(repr, unknown))}. Expected some of {', '.join(OUTPUTS)}.")
+    if directions < 1:
+        raise SettingsError(f"`directions` = {directions!r} is out of range. Expected at least 1.")
+    for name, value in (("step", step), ("tolerance", tolerance)):
+        if value is not None and not 0 < value < 1:
+            raise SettingsError(f"`{name}` = {value!r} is out of range. Expected a number between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -224,7 +284,8 @@ class _Leaf:
     Attributes:
         core: how many trailing dimensions belong to one instance; ``None`` where only the user's own
             code knows: then it counts as shared, and sums over the batch are compared.
-        kind: "symmetric" and "diagonal" matrices stay positive semidefinite when they move; or "plain".
+        kind: "symmetric" matrices stay positive semidefinite when they move, "positive" vectors (diagonals, weights)
+            at least zero; or "plain".
     """
 
     name: str
@@ -266,32 +327,60 @@ def _ends(
 class _Record:
     """Collects the comparisons of one parameter and one output over directions."""
 
-    def __init__(self, leaf: _Leaf, solution: Solution) -> None:
+    def __init__(self, leaf: _Leaf, solution: Solution, tolerance: float) -> None:
         self.batch = leaf.batch_shape()
         self.per_instance = leaf.core is not None and self.batch == solution.status.shape
         self.codes = torch.full_like(solution.status, FAILED, dtype=torch.int64)
-        self.errors = solution.x.new_zeros(self.batch)
+        self.tolerance = tolerance
+        self.gaps: list[Tensor] = []
+        self.sizes: list[Tensor] = []
+        self.noise = solution.x.new_zeros(self.batch)
 
-    def add(self, codes: Tensor, products: Tensor, numeric: Tensor) -> None:
-        """Add one direction: its products with the gradient, entry by entry, and numeric ``(*batch,)``."""
+    def add(
+        self, codes: Tensor, products: Tensor, slopes: Tensor, bends: Tensor, rounding: Tensor, middle: Tensor
+    ) -> None:
+        """Add one direction.
+
+        Args:
+            codes: of `_REASONS`.
+            products: of the gradient and the direction, entry by entry.
+            slopes, bends, rounding, middle: ``(*batch, k)``, for each entry of the output, times its cotangent: the
+                numeric derivative, what it may be off for want of symmetry and for rounding, the output itself.
+        """
         core_dims = tuple(range(len(self.batch), products.dim()))
         analytic = products.sum(core_dims) if core_dims else products
-        numeric = numeric.sum_to_size(self.batch)
-        error = (analytic - numeric).abs() / (1 + numeric.abs())
-        # NaN is an error too, and the largest of all; instances that were left out gave 0 to both sides.
-        self.errors = torch.maximum(self.errors, error.nan_to_num(nan=torch.inf).detach())
+        self.gaps.append((analytic - self._sum(slopes)).abs().detach())
+        self.sizes.append(self._norm(slopes))
+        most = self.tolerance * self._norm(middle).clamp_min(1)
+        self.noise = torch.maximum(self.noise, torch.minimum(self._norm(bends) + self._norm(rounding), most))
         self.codes = torch.minimum(self.codes, codes)
+
+    def _sum(self, terms: Tensor) -> Tensor:
+        """Sum over the entries of the output, and over instances that share the parameter."""
+        return terms.sum(-1).sum_to_size(self.batch)
+
+    def _norm(self, terms: Tensor) -> Tensor:
+        return self._sum(terms.square()).sqrt()
 
     def row(self, parameter: str, output: str) -> Row:
         counts = Counter(self.codes.flatten().tolist())
         compared = counts.pop(0, 0)
-        worst, where = 0.0, None
-        if compared and self.errors.numel():
-            worst = float(self.errors.max())
+        worst, where, size, noise = 0.0, None, 0.0, 0.0
+        if compared and self.noise.numel() and self.gaps:
+            gaps, sizes = torch.stack(self.gaps), torch.stack(self.sizes)
+            # NaN is an error too, and the largest of all; instances that were left out gave 0 to both sides.
+            errors = torch.where(gaps == 0, 0.0, gaps / torch.maximum(sizes, self.noise / self.tolerance))
+            errors = errors.nan_to_num(nan=torch.inf, posinf=torch.inf).amax(0)
+            worst, size, noise = float(errors.max()), float(sizes.max()), float(self.noise.max())
             if self.per_instance:
-                where = tuple(int(i) for i in (self.errors == self.errors.max()).nonzero()[0])
+                where = tuple(int(i) for i in (errors == errors.max()).nonzero()[0])
         skipped = {_REASONS[code]: count for code, count in sorted(counts.items())}
-        return Row(parameter, output, worst, where, compared, skipped)
+        return Row(parameter, output, worst, where, compared, skipped, size, noise)
+
+
+def _entries(values: Tensor, output: str) -> Tensor:
+    """Return an output as ``(*batch, k)``; the value has one entry."""
+    return values.unsqueeze(-1) if output == "value" else values
 
 
 def _step(residuals: Tensor) -> float:
@@ -301,9 +390,9 @@ def _step(residuals: Tensor) -> float:
 
 
 def _own(layer: Layer) -> dict[str, Any]:
-    """Return the learned and fixed values of a layer by the names of the problem's parameters."""
+    """Return the learned and fixed values of a layer by the names of its parameters and weights."""
     own: dict[str, Any] = {}
-    for name, declared in layer.problem.declared.items():
+    for name, declared in (layer.problem.declared | infeasible.declared_weights(layer.on_infeasible)).items():
         pairs = zip(declared.part_names(name), declared.parts, strict=False)
         parts = [getattr(layer, part) if isinstance(value, Tensor) else value for part, value in pairs]
         if parts:
@@ -314,21 +403,35 @@ def _own(layer: Layer) -> dict[str, Any]:
 def _opened(problem: DifferentiableProblem) -> DifferentiableProblem:
     """Return a copy of the problem whose learned and fixed parameters are given at the call too."""
     opened = copy.copy(problem)
-    opened.declared = {
-        name: declared if declared.kind == "absent" else replace(declared, kind="given", parts=())
-        for name, declared in problem.declared.items()
-    }
+    opened.declared = _all_given(problem.declared)
     return opened
 
 
-def _leaves(problem: DifferentiableProblem, values: Mapping[str, Any]) -> list[_Leaf]:
-    """Return the floating tensors of the given and learned parameters."""
+def _opened_policy(policy: infeasible.Policy) -> infeasible.Policy:
+    """Return a copy of the policy whose learned and fixed weights are given at the call too."""
+    if not isinstance(policy, Elastic):
+        return policy
+    opened = copy.copy(policy)
+    opened.declared = _all_given(policy.declared)
+    return opened
+
+
+def _all_given(declared: Mapping[str, Declared]) -> dict[str, Declared]:
+    return {
+        name: one if one.kind == "absent" else replace(one, kind="given", parts=()) for name, one in declared.items()
+    }
+
+
+def _leaves(problem: DifferentiableProblem, policy: infeasible.Policy, values: Mapping[str, Any]) -> list[_Leaf]:
+    """Return the floating tensors of the given and learned parameters and weights."""
     leaves = []
+    weights = infeasible.declared_weights(policy)
     for name, value in values.items():
-        declared = problem.declared.get(name, Declared("given"))
-        if declared.kind == "fixed":
+        if (problem.declared | weights).get(name, Declared("given")).kind == "fixed":
             continue
         for leaf_name, tensor, core, kind in _parts(problem, name, value):
+            if name in weights:
+                core, kind = 1 if tensor.dim() else None, "positive"
             if not tensor.is_floating_point():
                 continue
             if tensor.dtype != torch.float64:
@@ -345,13 +448,13 @@ def _parts(problem: DifferentiableProblem, name: str, value: Any) -> list[tuple[
     form = problem.declared[name].form if name in problem.declared else "dense"
     if isinstance(value, SymmetricMatrix):
         tensors, cores = value.tensors(), value.core_dims()
-        kinds = ["symmetric"] if cores == (2,) else ["diagonal", "plain"]
+        kinds = ["symmetric"] if cores == (2,) else ["positive", "plain"]
     elif isinstance(value, tuple | list):
-        tensors, cores, kinds = tuple(value), (1, 2), ["diagonal", "plain"]
+        tensors, cores, kinds = tuple(value), (1, 2), ["positive", "plain"]
     elif isinstance(value, Tensor):
         tensors, cores, kinds = (value,), (_core_dims(problem, name, value, form),), ["plain"]
         if form in ("diagonal", "scaled_identity"):
-            kinds = ["diagonal"]
+            kinds = ["positive"]
         elif name == "Q" and value.dim() >= 2 and value.shape[-1] == value.shape[-2]:
             kinds = ["symmetric"]
     else:
@@ -387,7 +490,7 @@ def _mover(leaf: _Leaf, step: float, generator: torch.Generator) -> Callable[[fl
     direction = torch.where(finite, noise, 0.0) * (largest or 1.0)
     if tensor.numel() == 0:
         return lambda t: tensor
-    if leaf.kind == "diagonal" and bool((tensor - step * direction.abs() < 0).any()):
+    if leaf.kind == "positive" and bool((tensor - step * direction.abs() < 0).any()):
         return lambda t: tensor * (1 + t * noise)
     if leaf.kind == "symmetric":
         direction = 0.5 * (direction + direction.mT)
@@ -407,11 +510,18 @@ def _kinks(solution: Solution) -> Tensor:
     return torch.where(solution.ok, codes, FAILED)
 
 
+def _shifted(solution: Solution) -> Tensor:
+    """Return which instances had sides shifted."""
+    assert solution.shifts is not None
+    return torch.cat([v.detach() != 0 for v in solution.shifts], -1).any(-1)
+
+
 def _active(form: Form, solution: Solution) -> Tensor:
     """Return which rows, lower and upper bounds are active, ``(*batch, m + 2 n)``.
 
     A constraint counts as active where its multiplier is larger than its slack, each relative to
-    the largest of its kind in the instance: multipliers to forces, slacks to x and s.
+    the largest of its kind in the instance: multipliers to forces, slacks to x and s. Where sides were shifted
+    (``on_infeasible``), which ones and in which direction follows.
     """
     x, s, lam, nu, lam_lower, lam_upper = (
         getattr(solution, name).detach() for name in ("x", "s", "lam", "nu", "lam_lower", "lam_upper")
@@ -425,7 +535,13 @@ def _active(form: Form, solution: Solution) -> Tensor:
     sizes = [torch.where(slack.isfinite(), slack, 0.0), x]
     length = max_abs(torch.cat(sizes, -1)).unsqueeze(-1)
     forces = max_abs(torch.cat([dual, nu, force], -1)).unsqueeze(-1)
-    return dual * torch.where(length > 0, length, 1.0) > slack * torch.where(forces > 0, forces, 1.0)
+    active = dual * torch.where(length > 0, length, 1.0) > slack * torch.where(forces > 0, forces, 1.0)
+    if solution.shifts is None:
+        return active
+    eq, row, low, high = (v.detach() / torch.where(length > 0, length, 1.0) for v in solution.shifts)
+    moved = torch.cat([row, low, high], -1) > SHIFTED
+    # (What was moved holds with equality, whatever its multiplier: under "closest" that is not unique.)
+    return torch.cat([active | moved, moved, eq > SHIFTED, eq < -SHIFTED], -1)
 
 
 def _pulled_back(output: Tensor, cotangent: Tensor, tensor: Tensor) -> Tensor:

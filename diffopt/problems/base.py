@@ -38,8 +38,10 @@ class DifferentiableProblem(Living, ABC):
     (``super().__init__(weight=diffopt.learned(...))``); other parameters are given at the call.
 
     Attributes:
-        n: number of variables.
+        n: number of variables; the class or its constructor sets it.
         params: the parameters, as `Param`.
+
+    What the methods return is checked once for each call, with two points at once, where SciPy solves the problem.
 
     Laws: f is convex in x, e affine, g convex (so that a KKT point is a minimiser); all are twice
     differentiable in x and once in theta where they are evaluated; instances of a batch do not
@@ -51,6 +53,7 @@ class DifferentiableProblem(Living, ABC):
     params: tuple[Param, ...] = ()
 
     def __init__(self, **declared: Any) -> None:
+        _check_params(self)
         names = self.param_names()
         self.declared: dict[str, Declared] = {}
         for name, value in declared.items():
@@ -59,6 +62,14 @@ class DifferentiableProblem(Living, ABC):
                     f"{type(self).__name__} has no parameter `{name}`. Expected one of {_listing(names)}."
                 )
             self.declared[name] = declare(value)
+
+    def __getattr__(self, name: str) -> Any:  # (of what is missing; it costs those that are there nothing)
+        if name == "declared":
+            raise ParameterError(
+                f"{type(self).__name__} was made without its declarations. Call super().__init__(), with the learned "
+                f"and fixed values by name, in {type(self).__name__}.__init__."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @abstractmethod
     def objective(self, x: Tensor, params: Params) -> Tensor:
@@ -143,19 +154,28 @@ class NonlinearForm(Form):
         self.params: dict[str, Tensor] = dict(params)
         for name, value in self.params.items():
             require_tensor(name, value)
-        self.n = problem.n
+        self.n = _checked_n(problem)
         self.dtype, self.device = check_same_kind(self.params)
         batches = _check_shapes(problem, self.params)
-        x = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        like = torch.zeros(self.n, dtype=self.dtype, device=self.device)
         with torch.no_grad():
-            equalities, inequalities = problem.equalities(x, self.params), problem.inequalities(x, self.params)
-            lower, upper = problem.bounds(self.params)
-        self.p, self.m = equalities.shape[-1], inequalities.shape[-1]
+            both = problem.bounds(self.params)
+            if not (isinstance(both, tuple | list) and len(both) == 2):
+                raise ParameterError(
+                    f"{type(problem).__name__}.bounds returned {_described(both)}. Expected a pair (lower, upper); "
+                    f"None stands for a bound that there is not."
+                )
+            for name, value in zip(("lower", "upper"), both, strict=True):
+                if (full := bound(name, value, self.n, like)) is not None:
+                    batches[name] = tuple(full.shape[:-1])
+            self.batch_shape = broadcast_batch(batches)
+            x = _two_points(problem, self.params, like, self.batch_shape)
+            found = {
+                name: getattr(problem, name)(x, self.params) for name in ("objective", "equalities", "inequalities")
+            }
+        sizes = {name: _check_returned(problem, name, value, self.batch_shape) for name, value in found.items()}
+        self.p, self.m = sizes["equalities"], sizes["inequalities"]
         self.cone = problem.cone(self.params, self.m)
-        for name, value in (("lower", lower), ("upper", upper)):
-            if (full := bound(name, value, self.n, x)) is not None:
-                batches[name] = tuple(full.shape[:-1])
-        self.batch_shape = broadcast_batch(batches)
 
     @property
     def lower(self) -> Tensor | None:  # type: ignore[override]
@@ -199,7 +219,83 @@ class NonlinearForm(Form):
         return self.problem.derivatives(x, lam, nu, self.params)
 
 
+def _check_params(problem: DifferentiableProblem) -> None:
+    params: Any = problem.params
+    if isinstance(params, Param) or not all(isinstance(param, Param) for param in _listed(params)):
+        raise ParameterError(
+            f"{type(problem).__name__}.params is {params!r}. Expected a tuple of diffopt.Param, for example "
+            f'(diffopt.Param("c", ("n",)),), with its comma.'
+        )
+
+
+def _listed(params: Any) -> tuple[Any, ...]:
+    return tuple(params) if isinstance(params, tuple | list) else (params,)
+
+
+def _checked_n(problem: DifferentiableProblem) -> int:
+    n: Any = getattr(problem, "n", None)
+    if not hasattr(n, "__index__"):
+        raise ParameterError(
+            f"{type(problem).__name__} says no number of variables: n = {n!r}. Set `n`, an int, in the class "
+            f"or in its constructor (self.n = n)."
+        )
+    return n
+
+
+def _two_points(problem: DifferentiableProblem, params: Params, like: Tensor, batch_shape: torch.Size) -> Tensor:
+    """Return two points in a batch of their own, ``(2, *batch, n)`` or with 1 for each of ``*batch``."""
+    n = like.shape[-1]
+    start = problem.start(params)
+    if start is None:
+        return like.expand(2, *[1] * len(batch_shape), n)
+    fits = isinstance(start, Tensor) and start.dim() >= 1 and start.shape[-1] == n
+    if not (fits and _broadcasts(start.shape[:-1], batch_shape)):
+        raise ShapeError(
+            f"{type(problem).__name__}.start returned {_described(start)}. Expected a tensor "
+            f"({_batch(batch_shape)}{n},), or one without the batch dimensions."
+        )
+    return start.expand(2, *batch_shape, n)
+
+
+def _check_returned(problem: DifferentiableProblem, name: str, value: Any, batch_shape: torch.Size) -> int:
+    """Return how many numbers a method gives for a point, from its value at two points."""
+    core = 0 if name == "objective" else 1
+    shape = value.shape if isinstance(value, Tensor) else None
+    lead = None if shape is None or len(shape) < core else shape[: len(shape) - core]
+    wanted = len(batch_shape) + 1
+    if lead is not None and (core and shape is not None and shape[-1] == 0):
+        return 0  # there are none, in whatever batch
+    if lead is None or len(lead) != wanted or lead[0] != 2 or not _broadcasts(lead[1:], batch_shape):
+        remedy = (
+            "Sum over the last dimension only, .sum(-1), so that every instance has a value of its own."
+            if core == 0
+            else "Keep the last dimension, also of a single row (keepdim=True, x[..., :1]); x[..., :0] is none at all."
+        )
+        raise ShapeError(
+            f"{type(problem).__name__}.{name} returned {_described(value)} for x of shape "
+            f"(2, {_batch(batch_shape)}{problem.n}). Expected (2, {_batch(batch_shape)}{'k' if core else ''}): one "
+            f"{'row of numbers' if core else 'number'} for each instance. {remedy}"
+        )
+    return value.shape[-1] if core else 1
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Return whether a shape expands to the target."""
+    if len(shape) > len(target):
+        return False
+    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False))
+
+
+def _batch(shape: tuple[int, ...]) -> str:
+    return "".join(f"{size}, " for size in shape)
+
+
+def _described(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def _check_shapes(problem: DifferentiableProblem, params: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    _check_params(problem)
     sizes: dict[str | int, int] = {"n": problem.n}
     batches: dict[str, tuple[int, ...]] = {}
     for name, shape in problem.params:

@@ -154,6 +154,23 @@ def test_nothing_compared_is_not_success() -> None:
         report.raise_if_failed()
 
 
+def test_an_l1_term_that_moves_nothing_has_dependent_rows() -> None:
+    # min (x - c)^2/2 + |x - 1|, by t >= |x - 1| over (x, t), and t >= 0: at x = 1 three rows meet in two variables.
+    G = torch.tensor([[1.0, -1.0], [-1.0, -1.0], [0.0, -1.0]], dtype=torch.float64)
+    declared = diffopt.QPStructure(
+        2,
+        Q=diffopt.fixed(torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double()),
+        G=G,
+        h=torch.tensor([1.0, -1.0, 0.0]).double(),
+    )
+    q = torch.tensor([[-1.5, 1.0], [-4.0, 1.0]], dtype=torch.float64)
+    report = diffopt.check.gradients(declared, {"q": q[:1]})
+    with pytest.raises(GradientCheckFailed, match="active rows depend on each other.*every entry moves"):
+        report.raise_if_failed()
+    (row,) = diffopt.check.gradients(declared, {"q": q}).rows
+    assert row.compared == 1 and row.skipped == {"dependent active rows": 1}
+
+
 def test_a_fixed_variable_moves_only_together() -> None:
     # Moving one of two equal bounds makes the problem infeasible on one side: reported.
     q = torch.tensor([1.0, -1.0], dtype=torch.float64)
@@ -178,15 +195,49 @@ def test_a_singular_hessian_stays_positive_semidefinite() -> None:
     assert report.ok and report.rows[0].compared == 1, report
 
 
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_a_variable_held_at_zero_has_no_derivative(size: float) -> None:
+    relu = diffopt.QPStructure(1, Q=diffopt.fixed(1.0, form="scaled_identity"), lower=0.0)
+    report = diffopt.check.gradients(relu, {"q": torch.tensor([[2.0 * size]], dtype=torch.float64)})
+    assert report.ok and report.rows[0].compared == 1, report
+
+
 def test_the_report_reads_as_a_table() -> None:
     problem, params = posed()
     report = diffopt.check.gradients(problem.plant("h", [1.0, 1.5, 1.0]), params)
     lines = str(report).splitlines()
     assert "pdipm" in lines[0] and "step 6." in lines[0] and lines[0].endswith("FAILED")
-    assert lines[1].split() == ["parameter", "output", "worst", "error", "compared", "skipped"]
+    assert lines[1].split() == ["parameter", "output", "derivative", "worst", "error", "compared", "skipped"]
     (line,) = (line for line in lines if line.startswith("h "))
     assert line.endswith("wrong at (1,)")
     assert len(lines) == 2 + len(params)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_wrong_derivative_is_found_however_small(scale: float) -> None:
+    # x = -q / scale, so its derivative by q is 1 / scale.
+    declared = {"Q": torch.eye(3, dtype=torch.float64) * scale, "q": diffopt.given()}
+    params = {"q": torch.tensor([[1.0, -2.0, 0.5], [0.5, 1.0, 3.0]], dtype=torch.float64)}
+    report = diffopt.check.gradients(FaultyStructure(3, **declared), params, outputs=("x", "value"))
+    assert report.ok and all(row.noise < 1e-3 * row.derivative for row in report.rows), report
+    report = diffopt.check.gradients(FaultyStructure(3, **declared).plant("q", [1.0, 1.001]), params)
+    (row,) = report.rows
+    assert not report.ok and row.worst_instance == (1,) and 1e-4 < row.worst_error < 1e-2, report
+
+
+def test_a_derivative_below_the_noise_is_shown_as_such() -> None:
+    # x moves by 1e-13 of its size.
+    class Slight(diffopt.QuadraticProgram):
+        def form(self, c: Tensor) -> diffopt.QPForm:
+            return diffopt.QPForm(Q=3 * torch.eye(2, dtype=c.dtype), q=-1 + 1e-13 * c)
+
+    (row,) = (report := diffopt.check.gradients(Slight(), {"c": torch.ones(2, dtype=torch.float64)})).rows
+    assert row.derivative < row.noise < 1e-7
+    assert str(report).splitlines()[2].split()[:5] == ["c", "x", "<", f"{row.noise:.1e}", f"{row.worst_error:.1e}"]
+    # Where x is exactly zero, rounding errors of the gradient remain.
+    inactive = diffopt.QPStructure(1, Q=torch.eye(1).double(), q=torch.zeros(1).double(), upper=diffopt.given())
+    (row,) = (report := diffopt.check.gradients(inactive, {"upper": torch.ones(1, dtype=torch.float64)})).rows
+    assert report.ok and row.derivative == 0.0 and row.noise < 1e-14
 
 
 def test_every_output_and_every_direction_is_seeded() -> None:
@@ -240,12 +291,69 @@ def test_settings_and_backend_of_a_layer_are_used() -> None:
     assert diffopt.check.gradients(layer, params, directions=1, backend="pdipm").backend == "pdipm"
 
 
+@pytest.mark.parametrize("penalty", ["l1", "squared"])
+def test_soft_constraints_of_a_layer_are_checked_with_their_weights(penalty: Any) -> None:
+    problem, params = posed()
+    params = params | {"h": params["h"] - 3}
+    elastic = diffopt.Elastic(
+        penalty, eq=diffopt.learned(torch.tensor(0.3, dtype=torch.float64)), row=diffopt.given(), bound=2.0
+    )
+    call = params | {"elastic_row": 0.5 + torch.rand(3, 4, generator=torch.Generator().manual_seed(0)).double()}
+    layer = diffopt.Layer(problem, on_infeasible=elastic)
+    assert bool((layer.solve(**call).shifts.row > 0.1).any())  # type: ignore[union-attr]
+    report = diffopt.check.gradients(layer, call, outputs=("x", "value"))
+    assert report.ok and all(row.compared == 3 for row in report.rows), report
+    assert {row.parameter for row in report.rows} == {*call, "elastic_eq"}
+    problem.plant("h", [1.0, 1.01, 1.0])
+    report = diffopt.check.gradients(layer, call, outputs=("x", "value"))
+    assert {row.parameter for row in report.rows if row.worst_error > report.tolerance} == {"h"}
+    with pytest.raises(diffopt.ParameterError, match="need `elastic_row`, which was not given"):
+        diffopt.check.gradients(layer, params)
+
+
+def test_the_kink_of_an_l1_penalty_within_the_step_is_reported() -> None:
+    # min (x - c)^2/2 + max(x, 0): x = 0 up to c = 1, then c - 1, and the row is active on both sides.
+    eye, zero = torch.eye(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    layer = diffopt.Layer(diffopt.QPStructure(1, Q=eye, G=eye, h=zero), on_infeasible=diffopt.Elastic(row=1.0))
+    q = -torch.tensor([[1.001], [0.999], [2.0]], dtype=torch.float64)
+    (row,) = diffopt.check.gradients(layer, {"q": q}, step=1e-2).rows
+    assert row.compared == 1 and row.skipped == {"active set changes within the step": 2}
+    assert diffopt.check.gradients(layer, {"q": q}).rows[0].compared == 3
+
+
+def test_the_closest_problem_is_checked_where_it_is_differentiable() -> None:
+    problem, params = posed()
+    crossed = params["lower"].clone()
+    crossed[1] = params["upper"][1] + 0.1
+    layer, call = diffopt.Layer(problem, on_infeasible="closest"), params | {"lower": crossed}
+    report = diffopt.check.gradients(layer, call, outputs=("x", "value"))
+    for row in report.rows:
+        expected = {"dependent active rows": 1} if row.parameter in ("A", "G") else {}
+        assert row.skipped == expected and row.compared == 3 - len(expected), report
+    assert report.ok, report
+    report = diffopt.check.gradients(layer, call, outputs=("lam",))
+    assert all(row.skipped == {"dependent active rows": 1} for row in report.rows), report
+    report = diffopt.check.gradients(
+        diffopt.Layer(problem.plant("lower", [1.0, 1.01, 1.0]), on_infeasible="closest"), call
+    )
+    assert [row.parameter for row in report.rows if row.worst_error > report.tolerance] == ["lower"]
+
+
 def test_bad_arguments() -> None:
     problem, params = posed()
     with pytest.raises(diffopt.DtypeError, match=r"`Q` has dtype torch.float32. Expected torch.float64"):
         diffopt.check.gradients(problem, {name: value.float() for name, value in params.items()})
     with pytest.raises(diffopt.ParameterError, match=r"Unknown output 'z'. Expected some of x, s"):
         diffopt.check.gradients(problem, params, outputs=("x", "z"))
+    for outputs in ((), "x"):
+        with pytest.raises(diffopt.ParameterError, match=r"`outputs` = .*Expected some of x, s"):
+            diffopt.check.gradients(problem, params, outputs=outputs)
+    with pytest.raises(diffopt.ParameterError, match=r"`params` is Tensor. Expected the given parameters by name"):
+        diffopt.check.gradients(problem, params["q"])  # type: ignore[arg-type]
+    for options in ({"directions": 0}, {"step": 0.0}, {"step": -1e-6}, {"tolerance": 0.0}, {"tolerance": float("nan")}):
+        (name,) = options
+        with pytest.raises(diffopt.SettingsError, match=f"`{name}` = .* is out of range. Expected"):
+            diffopt.check.gradients(problem, params, **options)  # type: ignore[arg-type]
     with pytest.raises(diffopt.ParameterError, match="nothing to differentiate"):
         diffopt.check.gradients(diffopt.QPStructure(1, Q=torch.ones(1, 1), q=torch.ones(1)), {})
     with pytest.raises(diffopt.ParameterError, match="needs `q`"):

@@ -98,3 +98,86 @@ def test_derived_gradient_check():
 def test_bad_params(params, error, message):
     with pytest.raises(error, match=message):
         diffopt.solve(Entropy(), params)
+
+
+def methods(base=Ball, **replaced):
+    """The class with other methods or attributes."""
+    return type("Changed", (base,), replaced)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize(
+    ("replaced", "error", "message"),
+    [
+        (
+            {"objective": lambda self, x, p: (x - p["point"]).square().sum()},
+            ShapeError,
+            r"objective returned shape \(\)",
+        ),
+        (
+            {"objective": lambda self, x, p: (x - p["point"]).square()},
+            ShapeError,
+            r"Expected \(2, .*: one number for each",
+        ),
+        ({"objective": lambda self, x, p: None}, ShapeError, "Changed.objective returned NoneType"),
+        ({"inequalities": lambda self, x, p: x.square().sum(-1) - p["r"]}, ShapeError, "Keep the last dimension"),
+        (
+            {"inequalities": lambda self, x, p: x.sum() * x.new_ones(1)},
+            ShapeError,
+            r"inequalities returned shape \(1,\)",
+        ),
+        (
+            {"equalities": lambda self, x, p: None},
+            ShapeError,
+            r"equalities returned NoneType.*x\[..., :0\] is none at all",
+        ),
+        (
+            {"bounds": lambda self, p: None},
+            ParameterError,
+            r"bounds returned NoneType. Expected a pair \(lower, upper\)",
+        ),
+        (
+            {"start": lambda self, p: torch.zeros(2, dtype=f64)},
+            ShapeError,
+            r"start returned shape \(2,\). Expected .*3,\)",
+        ),
+        ({"start": lambda self, p: 0.0}, ShapeError, "start returned float"),
+        ({"n": None}, ParameterError, r"Changed says no number of variables: n = None. Set `n`"),
+    ],
+)
+def test_what_the_methods_return_is_checked(replaced, error, message, batch):
+    params = {"point": torch.ones(*batch, 3, dtype=f64), "r": torch.ones((), dtype=f64)}
+    diffopt.solve(methods()(), params)
+    with pytest.raises(error, match=message):
+        diffopt.solve(methods(**replaced)(), params)
+
+
+@pytest.mark.parametrize("params", [Param("point", ("n",)), ("point",), "point", None])
+def test_params_must_be_a_tuple_of_param(params):
+    with pytest.raises(ParameterError, match=r"Changed.params is .*Expected a tuple of diffopt.Param"):
+        methods(params=params)()
+
+
+def test_a_forgotten_constructor_is_named():
+    class Forgetful(diffopt.QuadraticProgram):
+        def __init__(self):
+            self.size = 3
+
+        def form(self, q):
+            return diffopt.QPForm(Q=torch.eye(self.size, dtype=f64), q=q)
+
+    for use in (diffopt.Layer, lambda problem: diffopt.solve(problem, {"q": torch.ones(3, dtype=f64)})):
+        with pytest.raises(ParameterError, match=r"Call super\(\).__init__\(\).* in Forgetful.__init__"):
+            use(Forgetful())
+    assert not hasattr(Forgetful(), "other")
+
+
+def test_what_does_not_vary_over_the_batch_may_lack_it():
+    r = torch.tensor([0.5, 1.0], dtype=f64)
+    fixed = methods(
+        objective=lambda self, x, p: 0.5 * (x - 1).square().sum(-1),
+        equalities=lambda self, x, p: p["r"].new_zeros(0),
+        start=lambda self, p: torch.zeros(3, dtype=f64),
+    )
+    x = diffopt.solve(fixed(), {"point": torch.zeros(3, dtype=f64), "r": r}).x
+    assert torch.allclose(x, (r / 3).sqrt().unsqueeze(-1).expand(2, 3))
