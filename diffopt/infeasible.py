@@ -269,11 +269,11 @@ def _positive(name: str, weight: Tensor) -> Tensor:
     """Return a weight; where it cannot be looked at, with NaN for what is none.
 
     Raises:
-        ParameterError: an entry is not positive.
+        ParameterError: an entry is zero or negative. (NaN is data like any other: its instance fails.)
     """
     if torch.compiler.is_compiling():
         return torch.where(weight > 0, weight, torch.nan)
-    wrong = ~(transforms.plain(weight) > 0)
+    wrong = transforms.plain(weight) <= 0
     if not bool(wrong.any()):
         return weight
     *index, entry = wrong.nonzero()[0].tolist()
