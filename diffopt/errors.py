@@ -31,7 +31,7 @@ class SettingsError(DiffoptError, ValueError):
 
 
 class BackendError(DiffoptError):
-    """Base of what can be wrong with the choice of a backend."""
+    """Base of what can be wrong with the choice of a backend, and with what one returns."""
 
 
 class UnknownBackend(BackendError, ValueError):

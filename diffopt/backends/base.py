@@ -6,14 +6,14 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from diffopt import kkt, waiting
 from diffopt.cones import kinds
-from diffopt.errors import BackendUnsupported
+from diffopt.errors import BackendError, BackendUnsupported
 from diffopt.living import Living
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import INDEFINITE, Certificate, Residuals, Status, graded, succeeded
@@ -125,6 +125,9 @@ class Backend(Living, ABC):
             settings: see `Settings`.
             keep: whether a pullback will be of use.
             start: an earlier solution that fits the form; used by backends that can (`Capabilities`).
+
+        Raises:
+            BackendError: what `_solve` returned is no `RawPoint` of this form.
         """
         if not settings.sync and not self.can.asynchronous:
             raise BackendUnsupported(
@@ -135,6 +138,7 @@ class Backend(Living, ABC):
         solve: Callable[..., RawPoint] = self._solve
         with waiting.allow(settings.sync):
             raw = solve(form, settings, start) if self.can.warm_start else solve(form, settings)
+        _check_raw(self.name or type(self).__name__, raw, form, settings)
         s = -form.inequalities(raw.x) if raw.s is None else raw.s
         s = s + form.cone.violation(s)  # in the cone; what was outside counts as primal residual
         point = kkt.Point(raw.x, s, raw.nu, raw.lam, raw.lam_lower, raw.lam_upper)
@@ -153,6 +157,37 @@ class Backend(Living, ABC):
     @abstractmethod
     def _solve(self, form: Form, settings: Settings) -> RawPoint:
         """Find a point of every instance. Must not raise because of values: use statuses."""
+
+
+def _check_raw(backend: str, raw: Any, form: Form, settings: Settings) -> None:
+    """Refuse what is no point of the form: broadcasting would make something of most of it."""
+
+    def refuse(what: str, expected: str, got: str) -> NoReturn:
+        raise BackendError(f"Backend {backend!r} returned a wrong {what}. Expected {expected}, got {got}.")
+
+    if not isinstance(raw, RawPoint):
+        raise BackendError(f"Backend {backend!r} returned {type(raw).__name__}. Expected a diffopt.backends.RawPoint.")
+    sizes = {"x": form.n, "nu": form.p, "lam": form.m, "lam_lower": form.n, "lam_upper": form.n}
+    vectors = {name: (getattr(raw, name), size) for name, size in sizes.items()}
+    if raw.s is not None:
+        vectors["s"] = (raw.s, form.m)
+    for name, (value, size) in vectors.items():
+        wanted = (*form.batch_shape, size)
+        if not isinstance(value, Tensor) or value.shape != wanted or value.dtype != form.dtype:
+            refuse(f"`{name}`", f"{wanted} of {form.dtype}", _described(value))
+    for name in ("status", "iterations"):
+        value, wanted = getattr(raw, name), tuple(form.batch_shape)
+        fits = isinstance(value, Tensor) and value.shape == wanted
+        if not fits or value.is_floating_point():
+            refuse(f"`{name}`", f"whole numbers of shape {wanted}, one for each instance", _described(value))
+    if settings.sync:
+        unknown = raw.status[(raw.status < 0) | (raw.status >= len(Status))]
+        if unknown.numel():
+            refuse("`status`", "values of diffopt.Status", str(int(unknown[0])))
+
+
+def _described(value: Any) -> str:
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _residuals(form: Form, point: kkt.Point) -> Residuals:
@@ -333,6 +368,12 @@ def stack(form: Form, points: list[InstancePoint], executor: str) -> RawPoint:
         missing = torch.full((size,), torch.nan, dtype=torch.float64)
         values = [missing if row is None else getattr(row, name) for row in rows]
         values = [missing if value is None else value for value in values]
+        for i, value in enumerate(values):
+            if value.shape != missing.shape:
+                raise BackendError(
+                    f"In what a backend returned for instance {i}, `{name}` is wrong. Expected ({size},), got "
+                    f"{tuple(value.shape)}."
+                )
         stacked = torch.stack(values) if values else missing.new_zeros(0, size)
         return stacked.reshape(*form.batch_shape, size).to(form.device, form.dtype)
 

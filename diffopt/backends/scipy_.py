@@ -28,7 +28,7 @@ from diffopt.backends.base import (
 from diffopt.backends.registry import register
 from diffopt.errors import SettingsError
 from diffopt.linalg.scaling import equilibrate
-from diffopt.problems.base import NonlinearForm
+from diffopt.problems.base import NonlinearForm, checked_start
 from diffopt.problems.forms import Derivatives, Form, QPForm
 from diffopt.solution import ALMOST, Certificate, Status
 from diffopt.solvers.settings import Settings
@@ -334,7 +334,7 @@ class _Smooth:
             return 0.5 * (lower + upper)
 
         if start is None and isinstance(self.form, NonlinearForm):
-            start = self.form.problem.start(self.form.params)
+            start = checked_start(self.form.problem, self.form.params)
         candidates = [between(0.0), between(1.0)]
         if start is not None:
             candidates.insert(0, np.clip(start.detach().numpy(), self.lower, self.upper))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -169,12 +170,12 @@ class NonlinearForm(Form):
                 if (full := bound(name, value, self.n, like)) is not None:
                     batches[name] = tuple(full.shape[:-1])
             self.batch_shape = broadcast_batch(batches)
-            x = _two_points(problem, self.params, like, self.batch_shape)
-            found = {
-                name: getattr(problem, name)(x, self.params) for name in ("objective", "equalities", "inequalities")
-            }
-        sizes = {name: _check_returned(problem, name, value, self.batch_shape) for name, value in found.items()}
-        self.p, self.m = sizes["equalities"], sizes["inequalities"]
+            # Two points for each instance: a sum over all of them shows.
+            x = like.new_zeros(2, *self.batch_shape, self.n)
+            self.p = _check_returned(problem, "equalities", problem.equalities(x, self.params), self.batch_shape)
+            self.m = _check_returned(problem, "inequalities", problem.inequalities(x, self.params), self.batch_shape)
+            with contextlib.suppress(torch.linalg.LinAlgError):  # x = 0 may be outside its domain
+                _check_returned(problem, "objective", problem.objective(x, self.params), self.batch_shape)
         self.cone = problem.cone(self.params, self.m)
 
     @property
@@ -242,19 +243,15 @@ def _checked_n(problem: DifferentiableProblem) -> int:
     return n
 
 
-def _two_points(problem: DifferentiableProblem, params: Params, like: Tensor, batch_shape: torch.Size) -> Tensor:
-    """Return two points in a batch of their own, ``(2, *batch, n)`` or with 1 for each of ``*batch``."""
-    n = like.shape[-1]
-    start = problem.start(params)
-    if start is None:
-        return like.expand(2, *[1] * len(batch_shape), n)
-    fits = isinstance(start, Tensor) and start.dim() >= 1 and start.shape[-1] == n
-    if not (fits and _broadcasts(start.shape[:-1], batch_shape)):
-        raise ShapeError(
-            f"{type(problem).__name__}.start returned {_described(start)}. Expected a tensor "
-            f"({_batch(batch_shape)}{n},), or one without the batch dimensions."
-        )
-    return start.expand(2, *batch_shape, n)
+def checked_start(problem: DifferentiableProblem, params: Params) -> Tensor | None:
+    """Return the start of a problem with one instance, ``(n,)``, or ``None``."""
+    start: Any = problem.start(params)
+    if start is None or (isinstance(start, Tensor) and start.shape == (problem.n,)):
+        return start
+    raise ShapeError(
+        f"{type(problem).__name__}.start returned {_described(start)} for one instance. "
+        f"Expected a tensor ({problem.n},)."
+    )
 
 
 def _check_returned(problem: DifferentiableProblem, name: str, value: Any, batch_shape: torch.Size) -> int:

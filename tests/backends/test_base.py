@@ -276,3 +276,60 @@ def test_solve_each_polishes_if_asked_and_rounds_once():
     assert torch.equal(rough.x, (-q.double() + 1e-3).float()) and rough.executor == "rough"
     polished = solve_each(problem, Settings(), instances(problem), solve_one, "rough")
     assert torch.equal(polished.x, -q) and polished.s is not None and polished.s.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "x",
+            torch.zeros(3, 4, dtype=f64),
+            r"wrong `x`. Expected \(3, 2\) of torch.float64, got \(3, 4\) of torch.float64",
+        ),
+        ("x", torch.zeros(3, 2), r"wrong `x`. Expected \(3, 2\) of torch.float64, got \(3, 2\) of torch.float32"),
+        ("x", torch.zeros(2, dtype=f64), r"Expected \(3, 2\) of torch.float64, got \(2,\)"),
+        ("x", None, r"wrong `x`. .*got NoneType"),
+        ("lam", torch.zeros(3, 1, dtype=f64), r"wrong `lam`. Expected \(3, 0\)"),
+        ("s", torch.zeros(3, 1, dtype=f64), r"wrong `s`. Expected \(3, 0\)"),
+        (
+            "status",
+            torch.tensor(1, dtype=torch.int8),
+            r"wrong `status`. Expected whole numbers of shape \(3,\).*got \(\)",
+        ),
+        (
+            "status",
+            torch.ones(3),
+            r"Expected whole numbers of shape \(3,\), one for each .* got \(3,\) of torch.float32",
+        ),
+        ("status", torch.full((3,), 77, dtype=torch.int8), "wrong `status`. Expected values of diffopt.Status, got 77"),
+        ("status", Status.SOLVED, "wrong `status`. .*got Status"),
+        ("iterations", 5, "wrong `iterations`. .*got int"),
+    ],
+)
+def test_what_does_not_fit_the_form_is_refused(field, value, message):
+    class Wrong(Fixed):
+        def _solve(self, form, settings):
+            raw = super()._solve(form, settings)
+            setattr(raw, field, value)
+            return raw
+
+    with pytest.raises(diffopt.BackendError, match=f"Backend 'Wrong' returned a .*{message}"):
+        Wrong().solve(quadratic(torch.ones(3, 2)), Settings())
+
+
+def test_what_is_no_point_is_refused():
+    class Nothing(Fixed):
+        def _solve(self, form, settings):
+            return None
+
+    with pytest.raises(
+        diffopt.BackendError, match=r"'Nothing' returned NoneType. Expected a diffopt.backends.RawPoint"
+    ):
+        Nothing().solve(quadratic([1.0]), Settings())
+
+
+def test_an_instance_of_the_wrong_size_is_named():
+    points = [InstancePoint(Status.SOLVED, *(torch.zeros(k, dtype=f64) for k in (2, 0, 0, 2, 2))) for _ in range(3)]
+    points[1].lam_lower = torch.zeros(3, dtype=f64)
+    with pytest.raises(diffopt.BackendError, match=r"instance 1, `lam_lower` is wrong. Expected \(2,\), got \(3,\)"):
+        stack(quadratic(torch.ones(3, 2)), points, "default")

@@ -139,7 +139,7 @@ def methods(base=Ball, **replaced):
         (
             {"start": lambda self, p: torch.zeros(2, dtype=f64)},
             ShapeError,
-            r"start returned shape \(2,\). Expected .*3,\)",
+            r"start returned shape \(2,\) .*Expected .*\(3,\)",
         ),
         ({"start": lambda self, p: 0.0}, ShapeError, "start returned float"),
         ({"n": None}, ParameterError, r"Changed says no number of variables: n = None. Set `n`"),
