@@ -174,7 +174,7 @@ class NonlinearForm(Form):
             x = like.new_zeros(2, *self.batch_shape, self.n)
             self.p = _check_returned(problem, "equalities", problem.equalities(x, self.params), self.batch_shape)
             self.m = _check_returned(problem, "inequalities", problem.inequalities(x, self.params), self.batch_shape)
-            with contextlib.suppress(torch.linalg.LinAlgError):  # x = 0 may be outside its domain
+            with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined] (x = 0 may be outside its domain)
                 _check_returned(problem, "objective", problem.objective(x, self.params), self.batch_shape)
         self.cone = problem.cone(self.params, self.m)
 
