@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffopt import transforms
 from diffopt.errors import InaccurateSolutionWarning, SolveFailed
-from diffopt.solution import REMEDIES, Solution, Status, eigenvalues, succeeded
+from diffopt.solution import ALMOST, REMEDIES, Residuals, Solution, Status, eigenvalues, succeeded
 
 OnFailure = Literal["raise", "return"]
 MOST_NAMED = 8
@@ -43,7 +43,7 @@ def _failure_message(solution: Solution, statuses: Tensor, failed: list[list[int
     for index in failed[:MOST_NAMED]:
         status = Status(int(statuses[tuple(index)]))
         seen.append(status)
-        lines.append(f"  batch index {_index(index)}: {status.name}{_curvature(solution, status, index)}")
+        lines.append(f"  batch index {_index(index)}: {status.name}{_reason(solution, status, index)}")
     if len(failed) > MOST_NAMED:
         lines.append(f"  and {len(failed) - MOST_NAMED} more")
     lines += [f"{status.name}: {REMEDIES[status]}." for status in dict.fromkeys(seen)]
@@ -57,9 +57,24 @@ def _failure_message(solution: Solution, statuses: Tensor, failed: list[list[int
     return "\n".join(lines)
 
 
-def _curvature(solution: Solution, status: Status, index: list[int]) -> str:
+def _reason(solution: Solution, status: Status, index: list[int]) -> str:
+    """Return what is known of why an instance ended as NUMERICAL_ERROR: its Hessian, or how far off its point is."""
+    if status != Status.NUMERICAL_ERROR:
+        return ""
+    return _curvature(solution, index) or _distance(solution, index)
+
+
+def _distance(solution: Solution, index: list[int]) -> str:
+    residuals = transforms.plain(solution.report.residuals)[(slice(None), *index)]
+    if not bool(residuals.max() > ALMOST):  # (NaN: there is no point)
+        return ""
+    found = ", ".join(f"{name} {value:.1e}" for name, value in zip(Residuals._fields, residuals.tolist(), strict=True))
+    return f" (its point misses the optimality conditions; relative residuals: {found})"
+
+
+def _curvature(solution: Solution, index: list[int]) -> str:
     """Return what to say of the Hessian of a failed instance, if it is that which made it fail."""
-    if status != Status.NUMERICAL_ERROR or solution._hessian is None or transforms.active():
+    if solution._hessian is None or transforms.active():
         return ""
     matrix = solution._hessian.dense()
     found = eigenvalues(matrix.expand(*solution.status.shape, *matrix.shape[-2:])[tuple(index)].double())

@@ -56,7 +56,7 @@ REMEDIES: dict[Status, str] = {
     Status.MAX_ITERATIONS: "raise `Settings.max_iterations`, loosen `Settings.tolerance`, or rescale the data",
     Status.PRIMAL_INFEASIBLE: "no x satisfies its constraints; relax them (see `Solution.certificate`)",
     Status.DUAL_INFEASIBLE: "its objective is unbounded below; add bounds or curvature (see `Solution.certificate`)",
-    Status.NUMERICAL_ERROR: "check that Q is positive semidefinite and the data well scaled, or use float64",
+    Status.NUMERICAL_ERROR: "check that the problem is convex and its data well scaled, or use float64",
     Status.NONFINITE_INPUT: "its data holds NaN or infinity (h, lower and upper may be infinite: absent bounds)",
 }
 """What to do about each failure; the message of `SolveFailed` quotes it."""

@@ -333,3 +333,19 @@ def test_an_instance_of_the_wrong_size_is_named():
     points[1].lam_lower = torch.zeros(3, dtype=f64)
     with pytest.raises(diffopt.BackendError, match=r"instance 1, `lam_lower` is wrong. Expected \(2,\), got \(3,\)"):
         stack(quadratic(torch.ones(3, 2)), points, "default")
+
+
+def test_a_claim_that_residuals_do_not_bear_out_is_told_apart_from_an_indefinite_hessian():
+    q = torch.tensor([[0.5, -0.5], [1.0, 2.0]], dtype=f64)
+    wrong = Fixed(x=-q + torch.tensor([[0.0], [0.1]], dtype=f64))
+    with pytest.raises(diffopt.SolveFailed) as caught:
+        diffopt.solve_qp(torch.eye(2, dtype=f64), q, backend=wrong)
+    message = str(caught.value)
+    assert (
+        "[1]: NUMERICAL_ERROR (its point misses the optimality conditions; relative residuals: primal 0.0e" in message
+    )
+    assert "Q" not in message and "check that the problem is convex and its data well scaled" in message
+    with pytest.raises(diffopt.SolveFailed, match=r"NUMERICAL_ERROR \(Q is not positive semidefinite"):
+        diffopt.solve_qp(-torch.eye(2, dtype=f64), q, backend=Fixed(x=q + 0.1))
+    with pytest.raises(diffopt.SolveFailed, match=r"NUMERICAL_ERROR\n"):
+        diffopt.solve_qp(torch.eye(2, dtype=f64), q, backend=Fixed(x=q * torch.nan))

@@ -181,3 +181,16 @@ def test_what_does_not_vary_over_the_batch_may_lack_it():
     )
     x = diffopt.solve(fixed(), {"point": torch.zeros(3, dtype=f64), "r": r}).x
     assert torch.allclose(x, (r / 3).sqrt().unsqueeze(-1).expand(2, 3))
+
+
+def test_an_objective_that_does_not_exist_at_zero():
+    class Determinant(Ball):
+        def objective(self, x, params):
+            factor = torch.linalg.cholesky(torch.diag_embed(x))  # raises outside its domain
+            return (x - params["point"]).square().sum(-1) - 0.1 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+        def bounds(self, params):
+            return 1e-3, None
+
+    params = {"point": torch.full((2, 3), 0.5, dtype=f64), "r": torch.tensor(9.0, dtype=f64)}
+    assert diffopt.solve(Determinant(), params).ok.all()
