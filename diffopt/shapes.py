@@ -63,6 +63,11 @@ def check_same_kind(tensors: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.d
     return dtype, device
 
 
+def described(value: object) -> str:
+    """Return what a message says was got: a tensor's shape and dtype, else the type."""
+    return f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     """Return ``matrix @ vector`` over leading batch dimensions; either side may be shared.
 

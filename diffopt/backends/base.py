@@ -6,7 +6,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from diffopt.cones import kinds
 from diffopt.errors import BackendError, BackendUnsupported
 from diffopt.living import Living
 from diffopt.problems.forms import Form, QPForm
+from diffopt.shapes import described
 from diffopt.solution import INDEFINITE, Certificate, Residuals, Status, graded, succeeded
 from diffopt.solvers.settings import Settings
 from diffopt.warm_start import Start
@@ -174,20 +175,16 @@ def _check_raw(backend: str, raw: Any, form: Form, settings: Settings) -> None:
     for name, (value, size) in vectors.items():
         wanted = (*form.batch_shape, size)
         if not isinstance(value, Tensor) or value.shape != wanted or value.dtype != form.dtype:
-            refuse(f"`{name}`", f"{wanted} of {form.dtype}", _described(value))
+            refuse(f"`{name}`", f"shape {wanted} of {form.dtype}", described(value))
     for name in ("status", "iterations"):
         value, wanted = getattr(raw, name), tuple(form.batch_shape)
         fits = isinstance(value, Tensor) and value.shape == wanted
         if not fits or value.is_floating_point():
-            refuse(f"`{name}`", f"whole numbers of shape {wanted}, one for each instance", _described(value))
+            refuse(f"`{name}`", f"whole numbers of shape {wanted}, one for each instance", described(value))
     if settings.sync:
         unknown = raw.status[(raw.status < 0) | (raw.status >= len(Status))]
         if unknown.numel():
             refuse("`status`", "values of diffopt.Status", str(int(unknown[0])))
-
-
-def _described(value: Any) -> str:
-    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _residuals(form: Form, point: kkt.Point) -> Residuals:
@@ -312,7 +309,7 @@ def screen_bounds(lower: Tensor, upper: Tensor, p: int, m: int) -> InstancePoint
 
 CERTIFIED = 1e-6
 """Residual of A'nu + G'lam - lam_lower + lam_upper, relative to the sum of magnitudes, up to which a
-Farkas direction of a foreign solver is passed on; and of Qx, Ax, Gx and bounds, relative to rows and x, for a ray."""
+Farkas direction of a foreign solver is passed on; and of a ray, see `ray`."""
 
 
 def farkas(
@@ -339,12 +336,48 @@ def farkas(
     return Certificate(x, *(v / -value for v in (nu, lam, lam_lower, lam_upper)))
 
 
-def ray(data: dict[str, Tensor], x: Tensor) -> Certificate | None:
+KERNEL = 1e-12
+"""Eigenvalues of Q below this times the largest are zero: rounding leaves some 1e-16, and a direction of
+curvature is no ray, however small the curvature."""
+
+
+class Recession(NamedTuple):
+    """The linear program whose solution is a direction in which the objective falls for ever, if there is one.
+
+    minimise cost'y subject to Ay = 0, Gy <= 0, -1 <= y <= 1; the direction is d = V y with V a basis of the kernel of
+    Q. Rows have unit length before they meet V; finite bounds are rows of G.
+    """
+
+    V: Tensor
+    cost: Tensor
+    A: Tensor
+    G: Tensor
+
+
+def recession(data: dict[str, Tensor]) -> Recession | None:
+    """Return the program of one of `instances`; ``None`` where the objective falls in no direction for ever."""
+    q, eye = data["q"], torch.eye(len(data["q"]), dtype=torch.float64)
+    eigenvalues, vectors = torch.linalg.eigh(data["Q"])
+    V, scale = vectors[:, eigenvalues <= KERNEL * eigenvalues.abs().max()], q.abs().max()
+    if V.shape[1] == 0 or scale == 0:
+        return None
+
+    def unit(rows: Tensor) -> Tensor:
+        rows = rows[(rows != 0).any(-1)]
+        return rows / rows.norm(dim=-1, keepdim=True)
+
+    present, below, above = (torch.isfinite(data[name]) for name in ("h", "lower", "upper"))
+    G = torch.cat([unit(data["G"][present]), -eye[below], eye[above]])
+    return Recession(V, V.mT @ q / scale, unit(data["A"]) @ V, G @ V)
+
+
+def ray(data: dict[str, Tensor], x: Tensor, accuracy: float = CERTIFIED) -> Certificate | None:
     """Return a proof that the objective is unbounded below, normalised as `Certificate` says, if it holds.
 
     Args:
         data: one of `instances`.
         x: a candidate direction, ``(n,)``.
+        accuracy: by how much it may miss Qx, Ax, Gx and the bounds, relative to rows and x.
     """
     fall = -(data["q"] @ x)
     errors = {"Q": (data["Q"] @ x).abs(), "A": (data["A"] @ x).abs(), "G": (data["G"] @ x).clamp_min(0)}
@@ -354,10 +387,9 @@ def ray(data: dict[str, Tensor], x: Tensor) -> Certificate | None:
     relative.append(torch.where(torch.isfinite(data["upper"]), x, 0))
     worst, size = torch.cat(relative).max(), x.abs().max()
     # (A fall that the violation could have bought proves nothing.)
-    if not (worst <= CERTIFIED * size and fall > CERTIFIED * size * data["q"].abs().max()):
+    if not (worst <= accuracy * size and fall > accuracy * size * data["q"].abs().max()):
         return None
-    nan = torch.nan
-    missing = (torch.full_like(data[side], nan) for side in ("b", "h", "q", "q"))
+    missing = (torch.full_like(data[side], torch.nan) for side in ("b", "h", "q", "q"))
     return Certificate(x / fall, *missing)
 
 

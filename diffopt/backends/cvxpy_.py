@@ -19,6 +19,7 @@ from diffopt.backends.base import (
     farkas,
     instances,
     ray,
+    recession,
     screen,
     solve_each,
 )
@@ -186,34 +187,17 @@ def _solve_instance(
     return InstancePoint(status, solution, nu, lam, lam_lower, lam_upper, iterations)
 
 
-KERNEL = 1e-12
-"""Eigenvalues of Q below this times the largest are zero."""
-
-
 def _falling(data: dict[str, Tensor], solver: str, options: dict[str, Any]) -> Certificate | None:
-    """Return a direction in which the objective falls for ever, if the solver finds one. (CVXPY passes none on.)
-
-    It is the steepest one, in the largest norm, of those that keep all constraints and on which Q has no curvature: a
-    linear program over d = V y with V a basis of the kernel of Q.
-    """
-    cp = _cvxpy()
-    eigenvalues, vectors = np.linalg.eigh(data["Q"].numpy())
-    V = vectors[:, eigenvalues <= KERNEL * max(np.abs(eigenvalues).max(), 0)]
-    size = float(data["q"].abs().max())
-    if V.shape[1] == 0 or size == 0:
+    """Return a direction in which the objective falls for ever, if the solver finds one. (CVXPY passes none on.)"""
+    if (program := recession(data)) is None:
         return None
-    A, G = (data[name].numpy() for name in ("A", "G"))
-    G = G[np.isfinite(data["h"].numpy())]
-    A, G = (rows[rows.any(axis=1)] for rows in (A, G))
-    A, G = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (A, G))
-    below, above = (np.isfinite(data[name].numpy()).nonzero()[0] for name in ("lower", "upper"))
-    y = cp.Variable(V.shape[1])
-    constraints = [V @ y <= 1, V @ y >= -1]
-    constraints += [A @ V @ y == 0] if len(A) else []
-    constraints += [G @ V @ y <= 0] if len(G) else []
-    constraints += [V[below] @ y >= 0] if below.size else []
-    constraints += [V[above] @ y <= 0] if above.size else []
-    _run(cp.Problem(cp.Minimize((data["q"].numpy() / size) @ V @ y), constraints), solver, options)
+    cp = _cvxpy()
+    V, cost, A, G = (part.numpy() for part in program)
+    y = cp.Variable(len(cost))
+    constraints = [y <= 1, y >= -1]
+    constraints += [A @ y == 0] if len(A) else []
+    constraints += [G @ y <= 0] if len(G) else []
+    _run(cp.Problem(cp.Minimize(cost @ y), constraints), solver, options)
     return None if y.value is None else ray(data, torch.from_numpy(V @ y.value))
 
 

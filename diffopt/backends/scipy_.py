@@ -21,6 +21,8 @@ from diffopt.backends.base import (
     in_float64,
     instances,
     per_instance,
+    ray,
+    recession,
     screen,
     screen_bounds,
     solve_each,
@@ -30,7 +32,7 @@ from diffopt.errors import SettingsError
 from diffopt.linalg.scaling import equilibrate
 from diffopt.problems.base import NonlinearForm, checked_start
 from diffopt.problems.forms import Derivatives, Form, QPForm
-from diffopt.solution import ALMOST, Certificate, Status
+from diffopt.solution import ALMOST, Status
 from diffopt.solvers.settings import Settings
 
 METHODS = ("auto", "SLSQP", "trust-constr")
@@ -60,10 +62,6 @@ LINEAR_TOLERANCE = 1e-10
 
 FEASIBLE = 1e-8
 """Violation, in units of the rows, that HiGHS can tell from rounding with some margin."""
-
-KERNEL = 1e-12
-"""Eigenvalues of Q below this times the largest are zero: rounding leaves some 1e-16, and a direction of
-curvature is no ray, however small the curvature."""
 
 DEPENDENT = 1e-10
 """Singular values of A below this times the largest are zero."""
@@ -242,33 +240,15 @@ def _least_violation(rows: _Rows) -> tuple[Any, dict[str, Any] | None]:
 
 
 def _unbounded(data: dict[str, Tensor]) -> InstancePoint | None:
-    """Return DUAL_INFEASIBLE with a ray of a *feasible* instance along which its objective falls, else ``None``.
-
-    A ray is d = V y with V a basis of the kernel of Q, Ad = 0, Gd <= 0, d >= 0 and d <= 0 where a
-    lower or an upper bound is finite, and q'd < 0. One linear program over |y| <= 1 finds it.
-    """
-    rows, _ = _rows(data)
-    q, scale = data["q"].numpy(), float(data["q"].abs().max())
-    eigenvalues, vectors = np.linalg.eigh(data["Q"].numpy())
-    V = vectors[:, eigenvalues <= KERNEL * max(np.abs(eigenvalues).max(), 0)]
-    if V.shape[1] == 0 or scale == 0:
+    """Return DUAL_INFEASIBLE with a ray of a *feasible* instance along which its objective falls, else ``None``."""
+    if (program := recession(data)) is None:
         return None
-    above, below = np.isfinite(rows.lower), np.isfinite(rows.upper)
-    units_A, units_G = (np.linalg.norm(matrix, axis=1, keepdims=True) for matrix in (rows.A, rows.G))
-    A, G = rows.A / np.where(units_A > 0, units_A, 1), rows.G / np.where(units_G > 0, units_G, 1)
-    G = np.vstack([G, -np.eye(q.size)[above], np.eye(q.size)[below]])
-    k = V.shape[1]
-    result = _linprog(V.T @ q / scale, _Rows(A @ V, np.zeros(len(A)), G @ V, np.zeros(len(G)), -np.ones(k), np.ones(k)))
-    if result.status != 0 or result.fun >= -FEASIBLE:
+    V, cost, A, G = (part.numpy() for part in program)
+    one = np.ones(len(cost))
+    result = _linprog(cost, _Rows(A, np.zeros(len(A)), G, np.zeros(len(G)), -one, one))
+    certificate = ray(data, torch.from_numpy(V @ result.x), FEASIBLE) if result.status == 0 else None
+    if certificate is None:
         return None
-    d = V @ result.x / -(q @ V @ result.x)
-    if max(np.abs(A @ d).max(initial=0), (G @ d).max(initial=0)) > FEASIBLE * np.abs(d).max():
-        return None
-    missing = {
-        name: torch.full_like(data[side], torch.nan)
-        for name, side in (("nu", "b"), ("lam", "h"), ("lam_lower", "q"), ("lam_upper", "q"))
-    }
-    certificate = Certificate(x=torch.from_numpy(d), **missing)
     return InstancePoint(Status.DUAL_INFEASIBLE, certificate=certificate, executor="HiGHS")
 
 

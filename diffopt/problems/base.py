@@ -15,7 +15,7 @@ from diffopt.errors import ParameterError, ShapeError
 from diffopt.living import Living
 from diffopt.problems.forms import Derivatives, Form, bound, require_tensor
 from diffopt.problems.structure import Declared, declare
-from diffopt.shapes import broadcast_batch, check_same_kind
+from diffopt.shapes import broadcast_batch, check_same_kind, described
 
 Params = Mapping[str, Any]
 
@@ -163,7 +163,7 @@ class NonlinearForm(Form):
             both = problem.bounds(self.params)
             if not (isinstance(both, tuple | list) and len(both) == 2):
                 raise ParameterError(
-                    f"{type(problem).__name__}.bounds returned {_described(both)}. Expected a pair (lower, upper); "
+                    f"{type(problem).__name__}.bounds returned {described(both)}. Expected a pair (lower, upper); "
                     f"None stands for a bound that there is not."
                 )
             for name, value in zip(("lower", "upper"), both, strict=True):
@@ -250,7 +250,7 @@ def checked_start(problem: DifferentiableProblem, params: Params) -> Tensor | No
     if start is None or (isinstance(start, Tensor) and start.shape == (problem.n,)):
         return start
     raise ShapeError(
-        f"{type(problem).__name__}.start returned {_described(start)} for one instance. "
+        f"{type(problem).__name__}.start returned {described(start)} for one instance. "
         f"Expected a tensor ({problem.n},)."
     )
 
@@ -270,7 +270,7 @@ def _check_returned(problem: DifferentiableProblem, name: str, value: Any, batch
             else "Keep the last dimension, also of a single row (keepdim=True, x[..., :1]); x[..., :0] is none at all."
         )
         raise ShapeError(
-            f"{type(problem).__name__}.{name} returned {_described(value)} for x of shape "
+            f"{type(problem).__name__}.{name} returned {described(value)} for x of shape "
             f"(2, {_batch(batch_shape)}{problem.n}). Expected (2, {_batch(batch_shape)}{'k' if core else ''}): one "
             f"{'row of numbers' if core else 'number'} for each instance. {remedy}"
         )
@@ -286,10 +286,6 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 def _batch(shape: tuple[int, ...]) -> str:
     return "".join(f"{size}, " for size in shape)
-
-
-def _described(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_shapes(problem: DifferentiableProblem, params: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -159,8 +159,7 @@ def start(qp: ScaledQP, system: Saddle, hold: bool = False, weight: float = 1.0)
 
 
 def large_start(qp: ScaledQP) -> State:
-    """Return x = 0, and s and z ten times as large as anything in the data but far sides: far inside the
-    cone.
+    """Return x = 0, and s and z ten times as large as anything in the data but far sides: far inside the cone.
 
     A slack that has to grow by a factor makes Newton's step lower its multiplier by the same, which blocks it where the
     solution has both large, as where soft constraints have a high price. From above there is no such growth.

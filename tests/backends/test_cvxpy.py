@@ -153,20 +153,6 @@ def test_construction_without_cvxpy_waits_for_the_registry_to_refuse(monkeypatch
         diffopt.backends.get(backend)
 
 
-@pytest.mark.parametrize("linear", [True, False])
-def test_the_ray_of_an_unbounded_program(linear):
-    problem = diffopt.check.known.unbounded_program(3, 5, 1, 4, linear=linear, bounds="mixed", batch=(3,))
-    found = CvxpyBackend().solve(QPForm(**problem.arguments()), Settings())
-    assert found.certificate is not None and torch.equal(found.status, problem.status)
-    for d, instance in zip(found.certificate.x, problem.instances(), strict=True):
-        assert abs(instance.q @ d + 1) <= 1e-12
-        assert instance.Q is None or (instance.Q @ d).abs().max() <= 1e-9
-        assert (instance.A @ d).abs().max() <= 1e-9 and (instance.G @ d).max() <= 1e-9
-        assert bool((d[instance.lower.isfinite()] >= -1e-9).all())
-        assert bool((d[instance.upper.isfinite()] <= 1e-9).all())
-    assert found.certificate.lam.isnan().all()
-
-
 def test_a_bounded_program_has_no_ray():
     for linear in (True, False):
         (data,) = diffopt.backends.instances(form(everything(linear)[0]))

@@ -233,3 +233,17 @@ def test_executors_of_a_mixed_batch_are_all_named():
     found = ScipyBackend().solve(QPForm(Q, torch.ones(2, dtype=f64), lower=0.0), Settings())
     assert found.executor == "HiGHS+SLSQP"
     assert dataclasses.replace(ScipyBackend.can).priority < CvxpyBackend.can.priority
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_ray_of_an_unbounded_program(backend, linear):
+    problem = diffopt.check.known.unbounded_program(3, 5, 1, 4, linear=linear, bounds="mixed", batch=(3,))
+    found = backend.solve(QPForm(**problem.arguments()), Settings())
+    assert found.certificate is not None and torch.equal(found.status, problem.status)
+    for d, instance in zip(found.certificate.x, problem.instances(), strict=True):
+        assert abs(instance.q @ d + 1) <= 1e-12
+        assert instance.Q is None or (instance.Q @ d).abs().max() <= 1e-9
+        assert (instance.A @ d).abs().max() <= 1e-9 and (instance.G @ d).max() <= 1e-9
+        assert bool((d[instance.lower.isfinite()] >= -1e-9).all())
+        assert bool((d[instance.upper.isfinite()] <= 1e-9).all())
+    assert found.certificate.lam.isnan().all()

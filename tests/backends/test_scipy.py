@@ -270,20 +270,6 @@ def test_no_claim_where_linprog_fails(monkeypatch):
         assert found.status == status  # the quadratic program does without a first feasible point
 
 
-def test_the_ray_of_an_unbounded_program():
-    for linear in (True, False):
-        problem = diffopt.check.known.unbounded_program(3, 5, 1, 4, linear=linear, bounds="mixed", batch=(3,))
-        found = ScipyBackend().solve(QPForm(**problem.arguments()), Settings())
-        assert found.certificate is not None and torch.equal(found.status, problem.status)
-        for d, instance in zip(found.certificate.x, problem.instances(), strict=True):
-            assert abs(instance.q @ d + 1) <= 1e-12
-            assert instance.Q is None or (instance.Q @ d).abs().max() <= 1e-9
-            assert (instance.A @ d).abs().max() <= 1e-9 and (instance.G @ d).max() <= 1e-9
-            assert bool((d[instance.lower.isfinite()] >= -1e-9).all())
-            assert bool((d[instance.upper.isfinite()] <= 1e-9).all())
-        assert found.certificate.lam.isnan().all()
-
-
 def test_a_tiny_curvature_is_no_ray():
     Q = torch.diag(torch.tensor([1.0, 1e-6], dtype=f64))
     found = ScipyBackend().solve(QPForm(Q, torch.tensor([-1.0, -1e-3], dtype=f64)), Settings())

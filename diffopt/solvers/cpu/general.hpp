@@ -295,9 +295,9 @@ class General {
         std::fill_n(above_, k.rows, 0.0);
     }
 
-    // Far inside the cone: x = 0, and s and z ten times as large as anything in the data but far sides. (A slack that has to grow by a
-    // factor makes Newton's step lower its multiplier by the same, which blocks it where the solution has both large, as
-    // where soft constraints have a high price. From above there is no such growth.)
+    // Far inside the cone: x = 0, and s and z ten times as large as anything in the data but far sides. (A slack that has to
+    // grow by a factor makes Newton's step lower its multiplier by the same, which blocks it where the solution has both
+    // large, as where soft constraints have a high price. From above there is no such growth.)
     void start_large() {
         const Scaled& k = problem;
         double size = 1;
