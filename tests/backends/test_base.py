@@ -293,8 +293,8 @@ def test_solve_each_polishes_if_asked_and_rounds_once():
         ),
         ("x", torch.zeros(2, dtype=f64), r"Expected shape \(3, 2\) of torch.float64, got shape \(2,\)"),
         ("x", None, r"wrong `x`. .*got NoneType"),
-        ("lam", torch.zeros(3, 1, dtype=f64), r"wrong `lam`. Expected \(3, 0\)"),
-        ("s", torch.zeros(3, 1, dtype=f64), r"wrong `s`. Expected \(3, 0\)"),
+        ("lam", torch.zeros(3, 1, dtype=f64), r"wrong `lam`. Expected shape \(3, 0\)"),
+        ("s", torch.zeros(3, 1, dtype=f64), r"wrong `s`. Expected shape \(3, 0\)"),
         (
             "status",
             torch.tensor(1, dtype=torch.int8),
