@@ -81,8 +81,10 @@ def test_a_forked_process_solves_too() -> None:
         run(FORK)
 
 
+# A shell's background job starts with SIGINT ignored, and hands that down: the handler is set here.
 INTERRUPTED = """
-import os, time, torch, diffopt
+import os, signal, time, torch, diffopt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 n, count = 60, 40_000
 q = torch.randn(count, n, dtype=torch.float64, requires_grad=True)
 Q = torch.randn(n, n, dtype=torch.float64)
