@@ -73,7 +73,7 @@ class ActiveSystem:
                 self._factor = prepared.factor
             else:
                 rows = kkt.rows_of(self.active, *self._scaled_ratios)
-                self._factor = self.saddle().factor(rows, final=True)
+                self._factor = self.saddle().factor_active(rows)
         return self._factor
 
     def _same_rows(self, other: kkt.Activity) -> bool:

@@ -413,7 +413,7 @@ def polish(form: Form, point: Point, weak_tolerance: float, most: int = 3) -> Po
         w = Blocks(clean.x, clean.nu, clean.lam, bound_force(form, clean))
         F = conditions(form, active, w, zero, zero)
         scaled = to_scaled(Blocks(*(-_clean(v) for v in F)), scaling)
-        u, _ = saddle.factor(rows_of(active), final=True).solve_accurately(scaled)
+        u, _ = saddle.factor_active(rows_of(active)).solve_accurately(scaled)
         step = Blocks(*(v.to(form.dtype) for v in to_original(u, scaling)))
         lam = torch.where(active.row, w.row + step.row, 0.0)
         x = w.x + step.x

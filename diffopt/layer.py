@@ -265,7 +265,8 @@ def _solve_form(
         def each(form: QPForm) -> Solution:
             return dispatch.attached(form, backend, settings, "return", None)[0]
 
-        solution = infeasible.solve(form, policy, weights or {}, each, settings.tolerance_for(form.dtype))
+        tolerance, exactly = settings.tolerance_for(form.dtype), settings.relaxation is None
+        solution = infeasible.solve(form, policy, weights or {}, each, tolerance, exactly)
         reported = False
     if reported or not settings.sync:
         return solution

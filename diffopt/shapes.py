@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -91,3 +91,14 @@ def max_abs(vector: Tensor) -> Tensor:
     if vector.shape[-1] == 0:
         return vector.new_zeros(vector.shape[:-1])
     return vector.abs().amax(-1)
+
+
+def stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """Return matrices ``(*batch, rows, n)`` on top of each other, over their common batch."""
+    batch = torch.broadcast_shapes(*(v.shape[:-2] for v in matrices))
+    return torch.cat([v.expand(*batch, *v.shape[-2:]) for v in matrices], -2)
+
+
+def zeros_of(tensor: Tensor) -> Tensor:
+    """Return zeros with the graph of a tensor: what happens to be zero has a gradient, too, and not none."""
+    return tensor.masked_fill(tensor.new_ones((), dtype=torch.bool), 0.0)

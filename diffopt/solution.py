@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from diffopt.errors import ADJOINT
 from diffopt.precision import full_precision, lowered
+from diffopt.shapes import zeros_of
 
 
 class Status(IntEnum):
@@ -99,6 +100,12 @@ class Shifts(NamedTuple):
     row: Tensor
     low: Tensor
     high: Tensor
+
+
+def no_shifts(solution: Solution) -> Shifts:
+    """Return shifts of zero, with the graph of a solution."""
+    none = zeros_of(solution.x)
+    return Shifts(zeros_of(solution.nu), zeros_of(solution.s), none, none)
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,13 +72,21 @@ class Drawn(NamedTuple):
 
 
 class Family(NamedTuple):
-    """``name`` as in the table; ``draw``; ``error``: the largest that the table may show, of x where it is unique (else
-    of the optimal value), relative, or of a certificate (`claims.py`); ``faults``: by their names in `mutations.py`,
-    those that take out what handles this family. `make mutations` sees to it that the tests of the family fail then."""
+    """A family of hard problems.
+
+    Attributes:
+        name: as in the table.
+        error: the largest that the table may show, of x where it is unique (else of the optimal value), relative, or of
+            a certificate (`claims.py`).
+        slope: the largest error of a gradient, relative.
+        faults: by their names in `mutations.py`, those that take out what handles this family. `make mutations` sees to
+            it that the tests of the family fail then.
+    """
 
     name: str
     draw: Callable[[Sizes], Drawn]
     error: float = 1e-9
+    slope: float = 1e-9
     faults: tuple[str, ...] = ()
 
 
@@ -193,6 +201,20 @@ def rows_nearly_parallel(s: Sizes) -> Drawn:
     G = torch.cat([problem.G, problem.G + 1e-6 * normal(s, *problem.G.shape[1:])], -2)
     drawn = solved(rebuilt(problem, G=G, lam=problem.lam.repeat(1, 2), s=problem.s.repeat(1, 2)))
     return drawn._replace(held=None, dependent=(problem.lam > 0).sum(-1))
+
+
+def a_row_nearly_parallel(s: Sizes) -> Drawn:
+    """An active row once more, 2e-4 away, active too: its own row, and x moves as both allow."""
+    problem = ordinary(s, m=1)
+    assert problem.G is not None
+    first = problem.G[..., :1, :]
+    lam = torch.cat([1 + problem.lam[..., :1], problem.lam[..., 1:], 1 + 0 * problem.lam[..., :1]], -1)
+    s_ = torch.cat([0 * problem.s[..., :1], problem.s[..., 1:], 0 * problem.s[..., :1]], -1)
+    G = torch.cat([problem.G, first + 2e-4 * normal(s, 1, s.n)], -2)
+    drawn = solved(rebuilt(problem, G=G, lam=lam, s=s_))
+    assert drawn.held is not None
+    many = (drawn.held != 0).any(-1).sum(-1) - s.n  # (more rows than variables are too many, however they lie)
+    return drawn._replace(dependent=many.clamp_min(0))
 
 
 def pairs_without_interior(s: Sizes) -> Drawn:
@@ -607,6 +629,12 @@ FAMILIES = [
             "compiled: no row counts as dependent",
             "no row counts as dependent",
         ),
+    ),
+    Family(
+        "a row 2e-4 from parallel",
+        a_row_nearly_parallel,
+        slope=1e-7,  # multipliers of 1e8 in the system of the derivative cancel
+        faults=("compiled: no second look at rows that seem dependent", "no second look at rows that seem dependent"),
     ),
     Family(
         "pairs of rows without interior",

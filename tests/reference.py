@@ -80,8 +80,7 @@ def active_set(lam: Any, lam_lower: Any, lam_upper: Any) -> ActiveSet:
 def solve(problem: Instance, active: ActiveSet) -> Answer:
     """Return the point that satisfies the conditions of an active set."""
     n, p, m = problem.q.size, problem.b.size, problem.h.size
-    eye = np.eye(n)
-    C = np.concatenate([problem.A, problem.G[active.rows], -eye[active.lower], eye[active.upper]])
+    C = _rows(problem, active)
     d = [problem.b, problem.h[active.rows], -problem.lower[active.lower], problem.upper[active.upper]]
     w = _solve(_kkt(problem.Q, C), np.concatenate([-problem.q, *d]))
     x, y = w[:n], w[n:]
@@ -93,6 +92,11 @@ def solve(problem: Instance, active: ActiveSet) -> Answer:
     slack = problem.h - problem.G.astype(np.longdouble) @ x
     point["s"] = np.where(active.rows, 0, slack)
     return Answer(problem, active, point, C, y)
+
+
+def kkt_matrix(problem: Instance, active: ActiveSet) -> Array:
+    """Return the matrix K of these conditions."""
+    return _kkt(problem.Q, _rows(problem, active))
 
 
 def gradients(answer: Answer, cotangents: dict[str, Any]) -> dict[str, Array]:
@@ -157,6 +161,11 @@ def _pieces(y: Array, p: int, active: ActiveSet) -> list[Array]:
     """Split y into (nu, lam of active rows, active lower multipliers, active upper multipliers)."""
     counts = [p, int(active.rows.sum()), int(active.lower.sum())]
     return np.split(y, np.cumsum(counts))
+
+
+def _rows(problem: Instance, active: ActiveSet) -> Array:
+    eye = np.eye(problem.q.size)
+    return np.concatenate([problem.A, problem.G[active.rows], -eye[active.lower], eye[active.upper]])
 
 
 def _kkt(Q: Array, C: Array) -> Array:

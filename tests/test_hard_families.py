@@ -24,9 +24,6 @@ DRAWN = (Sizes(0, 5, 2, 6, "mixed", 8), Sizes(1, 4, 1, 3, "both", 4), random_siz
 REDUCTIONS = {"six times as many rows as variables": "primal", "Q diagonal, 1e-4 to 1e4": "diagonal"}
 """By what the executors of the CPU go, where that is what handles a family: n unknowns; the diagonal first."""
 
-SLOPE = 1e-9
-"""Error of a gradient, relative."""
-
 HEADS = ["family", "must end as", "cpu", "worst error", "torch", "worst error"]
 
 
@@ -57,7 +54,7 @@ def verdicts(family: Family, executor: Any) -> claims.Verdict:
         if drawn.held is not None:
             expected = claims.gradient(drawn, (2 * solution.x + 1).detach().cpu().numpy())
             error = np.abs(gradient.cpu().numpy() - expected).max(-1) / (1 + np.abs(expected).max(-1))
-            assert (error <= SLOPE).all(), (error, solution)
+            assert (error <= family.slope).all(), (error, solution)
         if drawn.dependent is not None:
             assert torch.equal(solution.dependent.cpu(), drawn.dependent), solution.dependent
         found.append(claims.judge(drawn, solution))

@@ -25,7 +25,9 @@ ALLOWED = {
     "pulled": GROUND | {"problems", "kkt", "transforms", "implicit"} | GRADIENTS,
     "transformed": GROUND | {"problems", "kkt", "transforms", "implicit"} | GRADIENTS,
     "relaxed": GROUND | {"problems", "solvers", "kkt", "backends", "transforms", "gates", "implicit"},
-    "infeasible": GROUND | {"problems", "kkt", "backends", "transforms", "gates"},
+    "elastic": GROUND | {"problems", "transforms"},
+    "closest": GROUND | {"problems", "kkt", "transforms", "gates"},
+    "infeasible": GROUND | {"problems", "elastic", "closest"},
     "selected": GROUND | {"problems", "solvers", "kkt", "gates", "optimal_value", "implicit", "relaxed"},
     "failures": GROUND | {"transforms"},
     "operators": GROUND

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ REFUSED = {"VALUES"}
 EXECUTORS = ["cpu", pytest.param("torch", marks=pytest.mark.slow)]
 
 UNDETERMINED = {"DUALC8"}
-"""Its Q is singular, to double precision, along its active rows: x is not unique."""
+"""Its Q is singular along its active rows, exactly: x is not unique and has no derivative."""
 
 GRADIENT = 1e-6
 """Gradients against the active-set reference: these problems are badly scaled."""
@@ -68,7 +69,7 @@ REGULAR = [name for name in maros.names() if maros.load(name).regular and name n
 @pytest.mark.parametrize("name", REGULAR)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_gradients_where_there_is_one(executor: Any, name: str) -> None:
-    """Where active rows are independent and have multipliers, against the extended-precision reference."""
+    """Where active rows are independent with multipliers, and x unique; against the extended-precision reference."""
     problem = maros.load(name)
     leaves: dict[str, Any] = measures.tracked({key: v for key, v in problem.data.items() if v is not None})
     solution = diffopt.solve_qp(**leaves, settings=diffopt.Settings(executor=executor))
@@ -82,6 +83,44 @@ def test_gradients_where_there_is_one(executor: Any, name: str) -> None:
     expected = reference.gradients(answer, weights)
     errors = {key: reference.error(leaves[key].grad, expected[key]) for key in leaves}
     assert max(errors.values()) <= GRADIENT, errors
+
+
+@pytest.mark.parametrize("name", sorted(UNDETERMINED))
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_where_there_is_none_it_is_said(executor: Any, name: str) -> None:
+    """K is singular in exact arithmetic, so x has no derivative."""
+    problem = maros.load(name)
+    data: dict[str, Any] = problem.data
+    q = data["q"].clone().requires_grad_()
+    solution = diffopt.solve_qp(**data | {"q": q}, settings=diffopt.Settings(executor=executor))
+    active = reference.active_set(*(getattr(solution, o).detach() for o in ("lam", "lam_lower", "lam_upper")))
+    instance = reference.instance(data)
+    K = reference.kkt_matrix(instance, active)
+    assert exact_rank(K) < len(K)
+    assert not bool(solution.unique)
+    with pytest.warns(diffopt.InaccurateGradientWarning):
+        solution.x.square().sum().backward()
+    # The optimal value is unique, and has one: dvalue/dq = x at any solution.
+    assert q.grad is not None and q.grad.isfinite().all()
+    (slope,) = torch.autograd.grad(diffopt.solve_qp(**data | {"q": q}).value, q)
+    value = float(reference.value(instance, slope))
+    assert abs(value - problem.objective) <= OBJECTIVE * (1 + abs(problem.objective))
+
+
+def exact_rank(matrix: Any) -> int:
+    """Return the rank of a float64 matrix, in exact arithmetic."""
+    rows = [[Fraction(float(v)) for v in row] for row in matrix]
+    found = 0
+    for column in range(len(rows[0])):
+        pivot = next((r for r in range(found, len(rows)) if rows[r][column]), None)
+        if pivot is None:
+            continue
+        rows[found], rows[pivot] = rows[pivot], rows[found]
+        for r in range(found + 1, len(rows)):
+            share = rows[r][column] / rows[found][column]
+            rows[r] = [a - share * b for a, b in zip(rows[r], rows[found], strict=True)]
+        found += 1
+    return found
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def central_ratio(saddle: Saddle, strict: Rows, weak_row: Tensor, weak_bound: Te
     for _ in range(MOST):
         ratio = torch.where(weak, sigma / torch.where(weak, ell, 1.0), 0.0)
         rows = Rows(strict.row_in | weak_row, ratio[..., :m], strict.bound_in | (weak_bound != 0), ratio[..., m:])
-        factor = saddle.factor(rows, final=True)
+        factor = saddle.factor(rows, held=True)
         force = torch.where(weak, sign * ell, torch.cat([at.row, at.bound], -1))
         residual = factor.apply(at._replace(row=force[..., :m], bound=force[..., m:]))
         own = torch.where(weak, -ratio * sign * ell - sign / torch.where(weak, ell, 1.0), 0.0)

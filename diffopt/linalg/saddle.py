@@ -28,6 +28,14 @@ SHARED_GRAM = 1_000_000
 """Most numbers (8 MB) to keep of the products of pairs of shared rows."""
 
 
+FLOOR = 1e-7
+"""The pivot, in equilibrated units, below which a row counts as dependent on the others."""
+
+FINE_FLOOR, FINE_NOISE, FINER = 1e-11, 1e-12, 1e-4
+"""For a second look: the floor is the larger of a pivot and of a share of the largest entry, by which rounding errors
+go; the shift is smaller by the last."""
+
+
 class Blocks(NamedTuple):
     """A vector of the saddle-point system: x ``(*batch, n)``, eq ``(*batch, p)``, row
     ``(*batch, m)``, bound ``(*batch, n)`` or ``(*batch, 0)`` when the problem has no bounds."""
@@ -90,7 +98,9 @@ class Saddle:
     def __init__(self, Q: SymmetricMatrix, A: Tensor, G: Tensor, reduction: str, shift: Shift) -> None:
         self.Q, self.A, self.G, self.reduction, self.shift = Q, A, G, reduction, shift
         self.failed = torch.zeros((), dtype=torch.bool, device=A.device)
+        self.floor = FLOOR
         self._products: Tensor | None = None
+        self._fine: Saddle | None = None
         if reduction == "dual":
             self._prepare_dual()
 
@@ -124,11 +134,34 @@ class Saddle:
             self._products = (B.mT.unsqueeze(-1) * B.mT.unsqueeze(-2)).flatten(1)
         return self._products
 
-    def factor(self, rows: Rows, final: bool = False) -> Factor:
-        """Factor the system for the rows that take part; ``final`` for those of a final active set (e = 0)."""
+    def factor(self, rows: Rows, held: bool = False) -> Factor:
+        """Factor the system for the rows that take part. ``held``: hold them, instead of weighing them by 1/e, in the
+        reductions that know the difference."""
         if self.reduction == "primal":
-            return _Augmented(self, rows) if final else _Primal(self, rows)
+            return _Augmented(self, rows) if held else _Primal(self, rows)
         return {"dual": _Dual, "diagonal": _Diagonal}[self.reduction](self, rows)
+
+    def factor_active(self, rows: Rows) -> Factor:
+        """Factor the system of a final active set (e = 0).
+
+        Rows that the shift R cannot tell from dependent ones are looked at again with a finer one: an instance whose
+        rows prove independent goes by that. (Where they are not, R must stay well above rounding errors, see
+        `solve_minimum_norm`.)
+        """
+        factor = self.factor(rows, held=True)
+        unsure = factor.dependent() > 0
+        if not waiting.some(unsure):
+            return factor
+        fine = self._finer().factor(rows, held=True)
+        return _Mixed(self, rows, unsure & ~fine.failed & (fine.dependent() == 0), fine, factor)
+
+    def _finer(self) -> Saddle:
+        if self._fine is None:
+            shift = self.shift
+            shift = Shift(shift.rho, *(FINER * v for v in (shift.eq, shift.row, shift.bound)))
+            self._fine = Saddle(self.Q, self.A, self.G, self.reduction, shift)
+            self._fine.floor = FINE_FLOOR
+        return self._fine
 
 
 class Mixed(Saddle):
@@ -139,8 +172,11 @@ class Mixed(Saddle):
         self.Q, self.A, self.G = one.Q, one.A, one.G
         self.where, self.one, self.other = where, one, other
 
-    def factor(self, rows: Rows, final: bool = False) -> Factor:
-        return _Mixed(self, rows, final)
+    def factor(self, rows: Rows, held: bool = False) -> Factor:
+        return _Mixed(self, rows, self.where, self.one.factor(rows, held), self.other.factor(rows, held))
+
+    def factor_active(self, rows: Rows) -> Factor:
+        return _Mixed(self, rows, self.where, self.one.factor_active(rows), self.other.factor_active(rows))
 
 
 class Factor:
@@ -169,6 +205,23 @@ class Factor:
     def dependent(self) -> Tensor:
         """Return how many rows (equalities too) depend on the others, estimated from the pivots."""
         raise NotImplementedError  # pragma: no cover - abstract
+
+    def small_pivots(self, S: Tensor, units: Tensor | None = None) -> Tensor:
+        """Return how many pivots of a Schur complement's factor S are so small that their rows depend on others.
+
+        Args:
+            units: what turns pivots into those of the rows themselves; infinite for rows that take no part. The
+                complement may have more rows than it has entries: those do not count.
+        """
+        own = pivots(S)
+        if units is not None:
+            own = own[..., : units.shape[-1]] * units
+        floor = own.new_tensor(self.system.floor)
+        if self.system.floor < FLOOR and own.shape[-1]:
+            entry = S.square().sum(-1)[..., : own.shape[-1]]
+            entry = entry if units is None else torch.where(torch.isfinite(units), entry * units, 0.0)
+            floor = (FINE_NOISE * entry.amax(-1, keepdim=True)).clamp_min(floor)
+        return (own < floor).sum(-1)
 
     def apply(self, u: Blocks) -> Blocks:
         """Return K u."""
@@ -252,11 +305,10 @@ class Factor:
 
 
 class _Mixed(Factor):
-    """Each instance by its own reduction."""
+    """Of each instance one of two factors: ``one`` in those ``where`` ``(*batch,)``."""
 
-    def __init__(self, system: Mixed, rows: Rows, final: bool) -> None:
-        self.system, self.rows, self.where = system, rows, system.where
-        self.one, self.other = system.one.factor(rows, final), system.other.factor(rows, final)
+    def __init__(self, system: Saddle, rows: Rows, where: Tensor, one: Factor, other: Factor) -> None:
+        self.system, self.rows, self.where, self.one, self.other = system, rows, where, one, other
         self.failed = torch.where(self.where, self.one.failed, self.other.failed)
 
     def raw(self, r: Blocks) -> Blocks:
@@ -316,11 +368,9 @@ class _Dual(Factor):
 
     def dependent(self) -> Tensor:
         # With weights 1/delta an independent row's pivot is P/delta, a dependent one's is about 1.
-        small = _pivot_floor(self.S.dtype)
         inside = self.root > 0
-        delta = 1 / torch.where(inside, self.root.square(), 1.0)
-        rows = (inside & (pivots(self.S) * delta < small)).sum(-1)
-        return rows + (pivots(self.system.S_eq) < small).sum(-1)
+        delta = torch.where(inside, 1 / self.root.square(), torch.inf)
+        return self.small_pivots(self.S, delta) + self.small_pivots(self.system.S_eq)
 
 
 class _Diagonal(Factor):
@@ -380,14 +430,12 @@ class _Diagonal(Factor):
         return Blocks(x, pieces[0], row, torch.where(self.rows.bound_in, bound, 0.0))
 
     def dependent(self) -> Tensor:
-        small = _pivot_floor(self.S.dtype)
         # In units of the rows themselves: an inequality's pivot carries its weight 1/delta.
         units = torch.ones_like(self.E[..., : self.sizes[0]])
         if self.system.G.shape[-2]:
             scale = torch.where(self.root > 0, 1 / self.root.square(), torch.inf)
             units = torch.cat(_same_batch_vectors(units, scale), -1)
-        own = pivots(self.S)[..., : units.shape[-1]]
-        return (own * units < small).sum(-1)
+        return self.small_pivots(self.S, units)
 
 
 class _Primal(Factor):
@@ -424,7 +472,7 @@ class _Primal(Factor):
         return Blocks(x, eq, row, bound)
 
     def dependent(self) -> Tensor:
-        return (pivots(self.S) < _pivot_floor(self.S.dtype)).sum(-1)
+        return self.small_pivots(self.S)
 
 
 class _Augmented(Factor):
@@ -475,8 +523,8 @@ class _Augmented(Factor):
         return Blocks(x, eq, row, torch.where(rows.bound_in, bound, 0.0))
 
     def dependent(self) -> Tensor:
-        taking_part = torch.cat(_same_batch_vectors(torch.ones_like(self.system.shift.eq).bool(), self.rows.row_in), -1)
-        return (taking_part & (pivots(self.S) < _pivot_floor(self.S.dtype))).sum(-1)
+        row = torch.where(self.rows.row_in, 1.0, torch.full_like(self.row_weight, torch.inf))
+        return self.small_pivots(self.S, torch.cat(_same_batch_vectors(torch.ones_like(self.system.shift.eq), row), -1))
 
 
 LITTLE = 1e-13
@@ -489,11 +537,6 @@ _ROUNDING = 4e-15
 def _with_batch(matrix: Tensor, like: Tensor) -> Tensor:
     """Expand a matrix by the batch dimensions of ``like``."""
     return matrix.expand(*torch.broadcast_shapes(matrix.shape[:-2], like.shape[:-2]), *matrix.shape[-2:])
-
-
-def _pivot_floor(dtype: torch.dtype) -> float:
-    """The pivot, in equilibrated units, below which a row counts as dependent on the others."""
-    return 1e-7 if dtype == torch.float64 else 1e-3
 
 
 def _same_batch(*matrices: Tensor) -> list[Tensor]:

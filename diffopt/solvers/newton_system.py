@@ -23,7 +23,7 @@ class NewtonSystem:
     def __init__(self, qp: ScaledQP, system: Saddle, state: State, refinements: int, hold: bool = False) -> None:
         self.qp, self.state, self.refinements = qp, state, refinements
         self.ratio = torch.where(qp.on, state.s / state.z, 1.0)
-        self.factor: Factor = system.factor(qp.rows(qp.on, self.ratio), final=hold)
+        self.factor: Factor = system.factor(qp.rows(qp.on, self.ratio), held=hold)
 
     def step(self, r_dual: Tensor, r_eq: Tensor, r_row: Tensor, target: Tensor) -> State:
         """Return the direction for the given residuals and complementarity target (rows of C)."""

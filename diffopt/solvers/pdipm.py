@@ -241,7 +241,7 @@ def _active_system(
             others, active = others | where, torch.where(where.unsqueeze(-1), done.active, active)
         first = next(iter(saddles.values()))
         saddle = first if first.reduction == "primal" else Mixed(others, saddles["primal"], first)
-        factor = saddle.factor(active_rows(qp, active), final=True)
+        factor = saddle.factor_active(active_rows(qp, active))
     row, lower, upper = qp.split(active)
     return ActiveSystem(factor, qp.scaling, row, lower if qp.has_lower else None, upper if qp.has_upper else None)
 
@@ -260,7 +260,7 @@ def _either(qp: ScaledQP, saddle: Saddle, where: Tensor, one: Attempt, other: At
     if first is None or second is None:
         return outcome, second
     active = torch.where(where.unsqueeze(-1), first.active, second.active)
-    return outcome, second._replace(active=active, factor=saddle.factor(active_rows(qp, active), final=True))
+    return outcome, second._replace(active=active, factor=saddle.factor_active(active_rows(qp, active)))
 
 
 def _attempt(

@@ -71,7 +71,7 @@ def polish(qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Te
 
 
 def _factor(qp: ScaledQP, system: Saddle, active: Tensor) -> Factor:
-    return system.factor(active_rows(qp, active), final=True)
+    return system.factor_active(active_rows(qp, active))
 
 
 def active_rows(qp: ScaledQP, active: Tensor) -> Rows:

@@ -55,7 +55,7 @@ def dense_system(Q, A, G, rows):
 def test_reductions_solve_the_unreduced_system(kind, reduction, e, final):
     Q, A, G, randn = data(kind)
     rows = random_rows(e)
-    factor = Saddle(Q, A, G, reduction, shift()).factor(rows, final=final)
+    factor = Saddle(Q, A, G, reduction, shift()).factor(rows, held=final)
     assert not factor.failed.any()
     r = Blocks(randn(B, N), randn(B, P), randn(B, M), randn(B, N))
     K, take = dense_system(Q, A, G, rows)
@@ -74,7 +74,7 @@ def test_dependent_rows_give_the_minimum_norm_solution(kind, reduction):
     G[:, 2] = G[:, 0]
     A[1] = 2 * A[0]
     rows = random_rows()
-    factor = Saddle(Q, A, G, reduction, shift()).factor(rows, final=True)
+    factor = Saddle(Q, A, G, reduction, shift()).factor(rows, held=True)
     K, take = dense_system(Q, A, G, rows)
     assert factor.dependent().tolist() == [2, 1, 1]
     r = Blocks(randn(B, N), randn(B, P), randn(B, M), randn(B, N))
@@ -130,7 +130,7 @@ def test_how_long_a_neighbour_is_refined_changes_no_bit():
         for delta in (1e-10, 1e-1):  # a large shift takes many refinements
             deltas = torch.tensor([[1e-10], [delta], [1e-10]], dtype=f64)
             slow = Shift(0.0, *(deltas.expand(B, k) for k in (P, M, N)))
-            factor = Saddle(Q, A.expand(B, P, N), G, "dual", slow).factor(random_rows(), final=True)
+            factor = Saddle(Q, A.expand(B, P, N), G, "dual", slow).factor(random_rows(), held=True)
             found.append(factor.solve_accurately(r)[0])
         for mine, again in zip(*found, strict=True):
             assert torch.equal(mine[[0, 2]], again[[0, 2]])

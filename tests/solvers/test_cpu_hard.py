@@ -167,7 +167,7 @@ def test_repeated_rows_get_the_answer_of_torch(size: str, extra: dict[str, Any])
         assert measures.relative(our_gradients[piece], their_gradients[piece]) <= GRADIENT_REFERENCE, piece
 
 
-@pytest.mark.parametrize("apart", [1e-3, 1e-5])
+@pytest.mark.parametrize("apart", [1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("size", SIZES)
 def test_nearly_repeated_rows_count_as_dependent_where_torch_says_so(size: str, apart: float) -> None:
     n = 5 * SIZES[size]
@@ -175,7 +175,7 @@ def test_nearly_repeated_rows_count_as_dependent_where_torch_says_so(size: str, 
     G = torch.stack([a, a + apart * change])
     data: dict[str, Any] = {"Q": torch.eye(n, dtype=f64), "q": -G.sum(0), "G": G, "h": torch.zeros(2, dtype=f64)}
     ours, theirs = (diffopt.solve_qp(**data, settings=Settings(executor=name)) for name in ("cpu", "torch"))
-    assert int(ours.dependent) == int(theirs.dependent) == (apart < 1e-4)
+    assert int(ours.dependent) == int(theirs.dependent) == (apart < 1e-6)
     assert ours.executor == ("cpu:primal" if apart < 1e-4 else "cpu:dual")
     assert measures.relative(ours.x, theirs.x) <= X_REFERENCE
 

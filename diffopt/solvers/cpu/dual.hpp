@@ -92,6 +92,7 @@ template <class P> class Dual {
     Flag sound_{};
     Number total_{}, objective_{};  // rows that exist; q'Q^-1 q, the size of the objective
     Number steps_before_{};         // steps that an earlier solution has cost in vain
+    Flag close_{};                  // the rows held last nearly depend on each other
     Flag dependent_{};              // the first active set that the last polish tried holds rows that depend on each other
 
     double *q_, *x_, *t_, *work_, *Qx_, *pull_, *push_;
@@ -515,6 +516,7 @@ template <class P> class Dual {
     template <class T> void write_points(Flag accepted, const Answer& answer);
     void keep(const Answer& answer);
     void keep_lanes(Flag accepted, const Answer& answer);
+    void keep_sides(int lane, const Answer& answer);
 
     // Columns of the held rows: of V where other entries of y are zero, else gathered.
     const double* held_matrix() const { return P::LANES ? m_->V : B_; }

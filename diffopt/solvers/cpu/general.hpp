@@ -99,7 +99,7 @@ class General {
                                      (k.k.upper && marks[k.upper_at + j] != 0);
                 saddle.bound_e[j] = 0;
             }
-        return saddle.factor(soft != 0 ? WEIGHED : final_kind_);
+        return soft != 0 ? saddle.factor(WEIGHED) : saddle.factor_active(final_kind_);
     }
 
   private:

@@ -6,6 +6,7 @@ namespace diffopt {
 constexpr int EQUILIBRATION_PASSES = 6;
 constexpr double SAFE_CONDITION = 1e8;  // condition of Q, estimated from its pivots, up to which it is eliminated first
 constexpr double DEPENDENT = 1e-7;      // a row depends on others if its pivot, in equilibrated units, is below this
+constexpr double CLOSE = 3e-5;          // squared sine of a row's angle with the others below which derivatives need refinement
 constexpr double TRY = 1e-3;            // relative residual below which a repeated active set is tried
 constexpr double ENOUGH = 1e-12;        // relative residual at which a polished point is as good as it gets
 constexpr double SIGN = 1e-10;          // relative size of a wrong sign that is rounding error

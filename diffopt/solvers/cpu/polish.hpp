@@ -6,7 +6,7 @@
 namespace diffopt {
 
 // Prepares the system of the rows marked in active_ (equalities and held rows): M = V_B'V_B, factored.
-// False where these rows depend on each other. Only M is needed for multipliers: x follows from them.
+// False where these rows depend on each other; close_: so nearly that a derivative needs more accurate solves. Only M is needed for multipliers: x follows from them.
 template <class P> typename P::Flag Dual<P>::hold() {
     PROFILE(HOLD, 0);
     Flag enough = none_of(Flag{});
@@ -41,8 +41,15 @@ template <class P> typename P::Flag Dual<P>::hold() {
             for (Index i = held_; i < ldb_; i++) B_[r * ldb_ + i] = 0;
         }
     }
+    for (Index i = 0; i < held_; i++) P::put(compact_, i, P::get(M_, i * ldb_ + i));
     PROFILE_THEN(HOLD_FACTOR, P::S * cube(P::LANES ? k.p + k.m + k.b : held_) / 3);
     const auto pivots = cholesky<P>(M_, ldb_, nullptr, M_, ldb_, held_, inv_m_);
+    Number least = Number{} + INF;  // share of a row that the rows before it do not have
+    for (Index i = 0; i < held_; i++) {
+        const Number inverse = P::get(inv_m_, i);
+        least = vmin(1.0 / (inverse * inverse * P::get(compact_, i)), least);
+    }
+    close_ = none_of(least >= CLOSE);
     return enough & pivots.positive & (pivots.smallest >= DEPENDENT);
 }
 
@@ -316,9 +323,11 @@ template <class P> void Dual<P>::finish(Flag accepted, Number steps, const Answe
     if (!answer.saved) return;
     PROFILE_THEN(RECORD, 0, 8 * P::S * static_cast<double>(answer.saved_stride));
     if (dropped) hold();
-    if constexpr (P::LANES) keep_lanes(accepted, answer);
-    else keep(answer);
+    const Flag whole = accepted & none_of(close_);
+    if constexpr (P::LANES) keep_lanes(whole, answer);
+    else if (whole) keep(answer);
     each_accepted([&](int lane, Index i) {
+        if (P::lane(close_, lane)) keep_sides(lane, answer);
         if (answer.status[i] == NUMERICAL_ERROR) answer.saved[first_ * answer.saved_stride + lane] = NO_SOLUTION;
     });
 }
@@ -376,6 +385,22 @@ template <class P> void Dual<P>::keep_lanes(Flag accepted, const Answer& answer)
     std::memcpy(record.U, m_->U, bytes(k.n * k.n));
     std::memcpy(record.V, m_->V, bytes(k.n * k.joint));
     kept_ = true;
+}
+
+// Of one problem only the active set: its pullback goes by the general method, which refines.
+template <class P> void Dual<P>::keep_sides(int lane, const Answer& answer) {
+    const Sides record(batch_, answer.saved + first_ * answer.saved_stride + lane, P::S);
+    auto entry = [lane](const double* v, Index i) { return v[i * P::S + lane]; };
+    record.start(P::lane(m_->cost, lane), batch_.hessian != DENSE);
+    for (Index j = 0; j < k.n; j++) record.d[j] = entry(m_->d, j);
+    for (Index r = 0; r < k.p; r++) record.eq[r] = entry(m_->eq, r);
+    for (Index r = 0; r < k.m; r++) record.rows[r] = entry(m_->rows, r), record.row[r] = entry(active_, k.pp + r);
+    for (Index j = 0; j < k.n; j++) {
+        const bool held = k.b && entry(active_, k.pp + k.mp + j) != 0;
+        const bool low = held && lower_ != upper_ &&
+                         reinterpret_cast<const int64_t*>(held_rows_)[(lower_ + j) * P::S + lane] != 0;
+        record.bound[j] = !held ? FREE : low ? AT_LOWER : AT_UPPER;
+    }
 }
 
 template <class P> void Dual<P>::keep(const Answer& answer) {

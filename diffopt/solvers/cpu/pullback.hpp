@@ -279,7 +279,7 @@ template <class T> Reassembled& reassembled(const Batch& batch, Index i, const S
     saddle.set_shift(sides.diagonal());
     for (Index r = 0; r < m; r++) saddle.row_in[r] = sides.row[r], saddle.row_e[r] = 0;
     for (Index j = 0; k.k.bounded() && j < n; j++) saddle.bound_in[j] = sides.bound[j] != FREE, saddle.bound_e[j] = 0;
-    saddle.factor(sides.diagonal() ? DIAGONAL_FIRST : HELD);
+    saddle.factor_active(sides.diagonal() ? DIAGONAL_FIRST : HELD);
     return again;
 }
 

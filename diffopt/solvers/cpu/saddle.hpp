@@ -19,6 +19,9 @@ namespace diffopt {
 enum Elimination { WEIGHED, HELD, DIAGONAL_FIRST };
 
 constexpr double DELTA = 1e-10, RHO = 1e-9;
+constexpr double FINER = 1e-4;            // of delta, for rows that it cannot tell from dependent ones
+constexpr double FINE_DEPENDENT = 1e-11;  // DEPENDENT for those; at least this share of the largest entry of the
+constexpr double FINE_NOISE = 1e-12;      // Schur complement
 constexpr double LITTLE = 1e-13;          // rho of a final active set whose n x n matrix has pivots that are clearly more
 constexpr double ROUNDING = 4e-15;        // of the largest diagonal entry: what a factorisation may lose
 
@@ -70,13 +73,13 @@ class Saddle {
         for (Index j = 0; j < n; j++) bound_delta_[j] = weight(1 / s.dx[j]);
     }
 
-    // Factors for the rows marked in row_in and bound_in. False where it broke down.
-    bool factor(Elimination how) {
-        how_ = how;
+    // Factors for the rows marked in row_in and bound_in; `finer` multiplies delta. False where it broke down.
+    bool factor(Elimination how, double finer = 1) {
+        how_ = how, finer_ = finer;
         const Index n = s.k.n, m = s.k.m;
-        for (Index r = 0; r < m; r++) row_w_[r] = row_in[r] != 0 ? 1 / (row_e[r] + row_delta_[r]) : 0.0;
+        for (Index r = 0; r < m; r++) row_w_[r] = row_in[r] != 0 ? 1 / (row_e[r] + finer * row_delta_[r]) : 0.0;
         if (s.k.bounded())
-            for (Index j = 0; j < n; j++) bound_w_[j] = bound_in[j] != 0 ? 1 / (bound_e[j] + bound_delta_[j]) : 0.0;
+            for (Index j = 0; j < n; j++) bound_w_[j] = bound_in[j] != 0 ? 1 / (bound_e[j] + finer * bound_delta_[j]) : 0.0;
         list_.clear();
         for (Index r = 0; r < m; r++)
             if (row_in[r] != 0) list_.push_back(r);
@@ -84,12 +87,22 @@ class Saddle {
         return sound;
     }
 
+    // The same for a final active set. Rows that delta cannot tell from dependent ones are looked at again with a finer one,
+    // which stays if they prove independent. (Where they are not, delta must stay well above rounding errors.)
+    bool factor_active(Elimination how) {
+        if (!factor(how) || dependent() == 0) return sound;
+        if (factor(how, FINER) && dependent() == 0) return true;
+        return factor(how);
+    }
+
     // How many rows, equalities too, depend on the others.
     int64_t dependent() const {
         if (how_ == WEIGHED && s.soft != 0) return 0;
         const Index own = s.k.p + (how_ == WEIGHED ? 0 : static_cast<Index>(list_.size()));
+        // (The second look is near rounding errors, which go by the largest entry.)
+        const double floor = finer_ == 1 ? DEPENDENT : std::max(FINE_DEPENDENT, FINE_NOISE * largest_);
         int64_t count = 0;
-        for (Index r = 0; r < own; r++) count += 1 / (inv_s_[r] * inv_s_[r]) < DEPENDENT;
+        for (Index r = 0; r < own; r++) count += 1 / (inv_s_[r] * inv_s_[r]) < floor;
         return count;
     }
 
@@ -200,7 +213,7 @@ class Saddle {
     Scaled& s;
     Index most_;
     Elimination how_ = WEIGHED;
-    double rho_ = 0;
+    double rho_ = 0, finer_ = 1, largest_ = 0;
     std::vector<Index> list_;  // rows of G that take part
     Index columns_ = 0, ld_ = 0;
     double *row_w_, *row_delta_, *bound_w_, *bound_delta_, *eq_delta_, *extra_, *H_, *root_h_, *t_, *inv_m_, *Qx_;
@@ -216,9 +229,9 @@ class Saddle {
     // v <- R v, R = diag(rho, -delta)
     void shift(double* v) const {
         for (Index j = 0; j < s.np; j++) v[j] *= rho_;
-        for (Index r = 0; r < s.pp; r++) v[at_eq + r] *= -eq_delta_[r];
-        for (Index r = 0; r < s.mp; r++) v[at_row + r] *= -row_delta_[r];
-        for (Index j = at_bound; j < size; j++) v[j] *= -bound_delta_[j - at_bound];
+        for (Index r = 0; r < s.pp; r++) v[at_eq + r] *= -finer_ * eq_delta_[r];
+        for (Index r = 0; r < s.mp; r++) v[at_row + r] *= -finer_ * row_delta_[r];
+        for (Index j = at_bound; j < size; j++) v[j] *= -finer_ * bound_delta_[j - at_bound];
         mask(v);
     }
 
@@ -245,6 +258,8 @@ class Saddle {
     bool factor_schur() {
         auto all = [](Index) { return Index{0}; };
         gram<P, false>(V_, ld_, s.k.n, columns_, nullptr, 0, S_, ld_, all);
+        largest_ = 0;
+        for (Index c = 0; c < columns_; c++) largest_ = vmax(S_[c * ld_ + c], largest_);
         return cholesky<P>(S_, ld_, E_, S_, ld_, columns_, inv_s_).positive;
     }
 
@@ -260,8 +275,8 @@ class Saddle {
             for (Index v = 0; v < ld_ / W; v++) P::store(V_ + j * ld_ + v * W, P::load(V_ + j * ld_ + v * W) * inverse);
         }
         Index c = 0;
-        for (Index r = 0; r < s.k.p; r++) E_[c++] = eq_delta_[r] + s.soft;
-        for (Index r : list_) E_[c++] = row_e[r] + row_delta_[r];
+        for (Index r = 0; r < s.k.p; r++) E_[c++] = finer_ * eq_delta_[r] + s.soft;
+        for (Index r : list_) E_[c++] = row_e[r] + finer_ * row_delta_[r];
         for (Index r = 0; r < s.k.rank; r++) E_[c++] = 1;
         return positive && factor_schur();
     }
@@ -307,9 +322,9 @@ class Saddle {
         gather(held, false);
         solve_transposed<P>(M_, s.np, inv_m_, n, V_, ld_, 0, ld_ / W, all);
         Index c = 0;
-        for (Index r = 0; r < s.k.p; r++) E_[c++] = eq_delta_[r];
+        for (Index r = 0; r < s.k.p; r++) E_[c++] = finer_ * eq_delta_[r];
         if (held)
-            for (Index r : list_) E_[c++] = row_e[r] * (1 + row_e[r]) + row_delta_[r];
+            for (Index r : list_) E_[c++] = row_e[r] * (1 + row_e[r]) + finer_ * row_delta_[r];
         return factor_schur();
     }
 
