@@ -61,6 +61,8 @@ FAULTS = [
           "if (!forward) return low ? value(glower)", "laws/test_executors_agree.py"),
     Fault("compiled: a line that is not whole is lost", "solvers/cpu/pullback.hpp", "std::copy_n(stage, filled, target);", "(void)filled;",
           "solvers/test_cpu_hard.py solvers/test_cpu_bits.py"),
+    Fault("a factor of one row broadcasts", "problems/forms.py", "(Q.factor.dim() < 2 or Q.factor.shape[-2] != n)", "(Q.factor.dim() < 2)",
+          "problems/test_forms.py"),
     Fault("half of a pair passes where the shapes are known", "problems/forms.py", "None if A is None and b is None else", "None if A is None else",
           "problems/test_forms.py"),
     Fault("compiled: what waits for its polish goes on", "solvers/cpu/dual.hpp", "running = running & none_of(due) & able;",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffopt import ParameterError, ShapeError
 from diffopt.linalg import Dense, Diagonal, DiagonalPlusLowRank
 
 
@@ -47,3 +48,12 @@ def test_derivatives_of_products(kind):
     if kind == 2:
         _, wanted = torch.func.jvp(lambda t: Q.with_tensors(Q.tensors()[0], t).matvec(x), Q.tensors()[1:], tangents[1:])
         assert torch.allclose(Q.tangent_matvec((None, tangents[1]), x), wanted)
+
+
+@pytest.mark.parametrize("make", [Dense, Diagonal, lambda d: DiagonalPlusLowRank(d, torch.ones(3, 1))])
+def test_what_is_no_tensor_is_refused(make):
+    for value in ([1.0, 2.0, 3.0], 1.0, None):
+        with pytest.raises(ParameterError, match=f"takes torch tensors, got {type(value).__name__}"):
+            make(value)
+    with pytest.raises(ShapeError, match="without dimensions"):
+        make(torch.tensor(1.0))
