@@ -57,7 +57,7 @@ REMEDIES: dict[Status, str] = {
     Status.PRIMAL_INFEASIBLE: "no x satisfies its constraints; relax them (see `Solution.certificate`)",
     Status.DUAL_INFEASIBLE: "its objective is unbounded below; add bounds or curvature (see `Solution.certificate`)",
     Status.NUMERICAL_ERROR: "check that the problem is convex and its data well scaled, or use float64",
-    Status.NONFINITE_INPUT: "its data holds NaN or infinity (h, lower and upper may be infinite: absent bounds)",
+    Status.NONFINITE_INPUT: "its data holds NaN or infinity (h and upper may be +inf and lower -inf: absent bounds)",
 }
 """What to do about each failure; the message of `SolveFailed` quotes it."""
 

@@ -67,6 +67,8 @@ FAULTS = [
           "test_solution.py"),
     Fault("a selection's value from changed data", "selected.py", "optimal_value.unless_changed(form, point._asdict(), value)", "value",
           "test_solution.py"),
+    Fault("a layer cuts the gradient of a fixed value", "layer.py", 'if declared.kind == "fixed" and part.requires_grad:', "if False:",
+          "test_layer.py"),
     Fault("half of a pair passes where the shapes are known", "problems/forms.py", "None if A is None and b is None else", "None if A is None else",
           "problems/test_forms.py"),
     Fault("compiled: what waits for its polish goes on", "solvers/cpu/dual.hpp", "running = running & none_of(due) & able;",
