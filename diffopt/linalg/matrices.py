@@ -25,6 +25,9 @@ class SymmetricMatrix(ABC):
 
     n: int
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(str(tuple(tensor.shape)) for tensor in self.tensors())})"
+
     @property
     @abstractmethod
     def batch_shape(self) -> torch.Size:

@@ -65,6 +65,13 @@ class DifferentiableProblem(Living, ABC):
                 )
             self.declared[name] = declare(value)
 
+    def __repr__(self) -> str:
+        declared: dict[str, Declared] = vars(self).get("declared", {})
+        kinds = {name: declared[name].kind if name in declared else "given" for name in self.param_names()}
+        listed = [f"{name}={kind}" for name, kind in kinds.items() if kind != "absent"]
+        size = [f"n={self.n}"] if hasattr(self, "n") else []
+        return f"{type(self).__name__}({', '.join(size + listed)})"
+
     def __getattr__(self, name: str) -> Any:  # (of what is missing; it costs those that are there nothing)
         if name == "declared":
             raise ParameterError(

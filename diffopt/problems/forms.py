@@ -210,6 +210,11 @@ class QPForm(Form):
             raise ShapeError(f"`cone` has dimension {self.cone.dim} but G has {self.m} rows. Expected the same number.")
         return known
 
+    def __repr__(self) -> str:
+        bounds = [name for name in ("lower", "upper") if getattr(self, name) is not None]
+        sizes = f"n={self.n}, p={self.p}, m={self.m}, batch={tuple(self.batch_shape)}, Q={self.Q}"
+        return f"QPForm({', '.join([sizes, *bounds])})"
+
     def core_dims(self) -> tuple[int, ...]:
         vectors = (1,) * (int(self.lower is not None) + int(self.upper is not None))
         return (*self.Q.core_dims(), 1, 2, 1, 2, 1, *vectors)

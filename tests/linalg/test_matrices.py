@@ -19,6 +19,7 @@ def test_laws(batch, kind):
     Q = cases(batch)[kind]
     D, x = Q.dense(), torch.randn(3, 4, dtype=torch.float64)
     assert Q.n == 4 and Q.batch_shape == batch
+    assert repr(Q).startswith(f"{type(Q).__name__}({tuple(Q.tensors()[0].shape)}")
     assert torch.allclose(D, D.mT)
     assert torch.allclose(Q.matvec(x), (D @ x[..., None])[..., 0])
     assert torch.allclose(Q.diagonal(), D.diagonal(dim1=-2, dim2=-1))

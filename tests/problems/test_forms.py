@@ -21,6 +21,7 @@ def test_shapes_of_a_working_form():
     form = QPForm(**working())
     assert (form.n, form.p, form.m, form.batch_shape) == (4, 1, 3, (2,))
     assert torch.equal(form.upper, torch.ones(4)) and form.cone.dim == 3
+    assert repr(form) == "QPForm(n=4, p=1, m=3, batch=(2,), Q=Dense((4, 4)), lower, upper)"
     assert QPForm(**working(b=2.0, h=1.0)).h.tolist() == [1, 1, 1]
     assert QPForm(**working(h=torch.tensor(1.0), lower=torch.tensor(0.0))).h.shape == (3,)
     assert QPForm(None, torch.zeros(4)).Q.diagonal().sum() == 0

@@ -37,6 +37,13 @@ def test_structure_of_ones_own():
     assert torch.allclose(layer.weight.grad, torch.tensor(2 * (1.6 - 2.55), dtype=f64))
 
 
+def test_it_prints_where_its_values_come_from():
+    assert (
+        repr(QPStructure(2, Q=learned(torch.eye(2)), lower=0.0)) == "QPStructure(n=2, Q=learned, q=given, lower=fixed)"
+    )
+    assert repr(TotalVariation(4)) == "TotalVariation(y=given, weight=learned, D=fixed)"
+
+
 def test_an_argument_with_a_default_may_be_left_out():
     class Scaled(diffopt.QuadraticProgram):
         def form(self, y, weight=2.0, *, lower=None):
