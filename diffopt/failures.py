@@ -51,6 +51,11 @@ def _failure_message(solution: Solution, statuses: Tensor, failed: list[list[int
         lines.append(
             "Solutions that go on without end have no analytic centre; Settings(selection='minimum_norm') has."
         )
+    if solution.shifts is not None and Status.PRIMAL_INFEASIBLE in seen:
+        lines.append(
+            "What has no weight (by default the bounds) or an infinite one is not soft, and contradicts itself: see "
+            "diffopt.Elastic(bound=...)."
+        )
     lines.append(
         "Pass on_failure='return' to get every instance with its status, and use those where `solution.ok` holds."
     )

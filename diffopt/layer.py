@@ -17,7 +17,7 @@ from diffopt.failures import OnFailure
 from diffopt.infeasible import Elastic
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.precision import full_precision, lowered, raised
-from diffopt.problems.base import DifferentiableProblem, Params
+from diffopt.problems.base import DifferentiableProblem, Params, require_problem
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import Solution
 from diffopt.solvers.settings import Settings
@@ -48,8 +48,8 @@ class Layer(nn.Module):
 
     Raises:
         UnknownBackend, BackendNotInstalled, SettingsError: at construction.
-        ParameterError: at construction, too: a parameter that calls give is named `start`, or one that is learned or
-            fixed is named like an attribute of the layer.
+        ParameterError: at construction, too: a parameter that calls give is named `start`, one that is learned or
+            fixed is named like an attribute of the layer, or a fixed value requires a gradient.
     """
 
     def __init__(
@@ -61,11 +61,7 @@ class Layer(nn.Module):
         on_infeasible: OnInfeasible = None,
     ) -> None:
         super().__init__()
-        if not isinstance(problem, DifferentiableProblem):
-            raise ParameterError(
-                f"`problem` is {type(problem).__name__}. Expected a diffopt.DifferentiableProblem, for "
-                f"example diffopt.QPStructure(n=...)."
-            )
+        require_problem(problem)
         if "start" in problem.given_names():
             raise ParameterError(
                 f"{type(problem).__name__} has a parameter `start`, but calls of a layer take an earlier solution "
@@ -88,6 +84,12 @@ class Layer(nn.Module):
                     raise ParameterError(
                         f"{type(problem).__name__} has a {declared.kind} parameter `{part_name}`, a name that a layer "
                         f"cannot register: it has an attribute of this name, or the name has a dot. Give it another."
+                    )
+                if declared.kind == "fixed" and part.requires_grad:
+                    raise ParameterError(
+                        f"`{part_name}` of {type(problem).__name__} is fixed, but its value requires a gradient, which "
+                        f"would not reach it from a layer's copy. Declare it diffopt.given() and pass it at each call, "
+                        f"or diffopt.learned(...) for a parameter of the layer; for a constant, pass value.detach()."
                     )
                 copy = part.detach().clone()
                 if declared.kind == "learned":
@@ -185,6 +187,7 @@ def solve(
 
     Returns, raises, differentiable in: as `Layer.solve`.
     """
+    require_problem(problem)
     solver, chosen = _checked_backend(backend), _checked_settings(settings)
     policy = _checked_policy(on_failure, chosen)
     soft = infeasible.checked_policy(on_infeasible)

@@ -99,9 +99,13 @@ def select(form: QPForm, first: Solution, settings: Settings, solve: Callable[[Q
     x, s = merged(x, first.x), merged(s, first.s)
     nu, lam, lam_lower, lam_upper = (gate(v, failed) for v in duals)
 
+    point = kkt.Point(x, s, nu, lam, lam_lower, lam_upper)
+    attached = implicit.needs_graph(form)
+
     def value() -> Tensor:
-        point = kkt.Point(x, s, nu, lam, lam_lower, lam_upper)
-        return optimal_value.value(form, point, status, implicit.needs_graph(form))
+        # Computed on access, with the graph that the other fields have, wherever that is.
+        with torch.set_grad_enabled(attached):
+            return optimal_value.value(form, point, status, attached)
 
     return Solution(
         *(x, s, lam, nu, lam_lower, lam_upper),
@@ -112,7 +116,7 @@ def select(form: QPForm, first: Solution, settings: Settings, solve: Callable[[Q
         certificate=first.certificate,
         backend=first.backend,
         executor="+".join(dict.fromkeys([first.executor, second.executor])),
-        _value=value,
+        _value=optimal_value.unless_changed(form, point._asdict(), value),
         _hessian=form.Q,
         _adjoint=lambda: first.adjoint,
         selection=name,

@@ -75,14 +75,16 @@ def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     product too, already summed over the batch.
     """
     if matrix.dim() == 2:
-        return vector @ matrix.mT
+        # (A single vector from the other side: torch would remove a dimension of the product in place, which it cannot
+        # do to a tangent under torch.autograd.functional.jacobian(strategy="forward-mode", vectorize=True).)
+        return matrix @ vector if vector.dim() == 1 else vector @ matrix.mT
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def rmatvec(matrix: Tensor, vector: Tensor) -> Tensor:
     """Return ``matrix.mT @ vector`` over leading batch dimensions; either side may be shared."""
     if matrix.dim() == 2:
-        return vector @ matrix
+        return matrix.mT @ vector if vector.dim() == 1 else vector @ matrix
     return (matrix.mT @ vector.unsqueeze(-1)).squeeze(-1)
 
 

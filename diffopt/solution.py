@@ -58,7 +58,7 @@ REMEDIES: dict[Status, str] = {
     Status.PRIMAL_INFEASIBLE: "no x satisfies its constraints; relax them (see `Solution.certificate`)",
     Status.DUAL_INFEASIBLE: "its objective is unbounded below; add bounds or curvature (see `Solution.certificate`)",
     Status.NUMERICAL_ERROR: "check that the problem is convex and its data well scaled, or use float64",
-    Status.NONFINITE_INPUT: "its data holds NaN or infinity (h, lower and upper may be infinite: absent bounds)",
+    Status.NONFINITE_INPUT: "its data holds NaN or infinity (h and upper may be +inf and lower -inf: absent bounds)",
 }
 """What to do about each failure; the message of `SolveFailed` quotes it."""
 
@@ -178,7 +178,10 @@ class Solution:
     def value(self) -> Tensor:
         """The optimal value, ``(*batch,)``; see the class."""
         if callable(self._value):
-            with full_precision() if lowered() else nullcontext():
+            # (What is kept is used outside of inference mode as well.)
+            inside = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+            recording = torch.inference_mode(False) if inside else nullcontext()
+            with recording, full_precision() if lowered() else nullcontext():
                 object.__setattr__(self, "_value", self._value())
         return self._value  # type: ignore[return-value]
 
@@ -206,7 +209,12 @@ class Solution:
     def __getstate__(self) -> dict[str, Any]:
         """Return what travels to a file or another process: the values, not what would compute them."""
         made = {part.name: getattr(self, part.name) for part in fields(self)}
-        return made | {"_value": self.value, "_hessian": None, "_adjoint": None}
+        made |= {"_value": self.value, "_hessian": None, "_adjoint": None}
+        # (Copies: what an executor left packed is one piece of memory, and torch.save refuses views of several dtypes.)
+        return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, made)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *(part.name for part in fields(self))})
 
     @property
     def adjoint(self) -> Tensor:
@@ -256,12 +264,13 @@ class Solution:
         return succeeded(self.status)
 
     def __repr__(self) -> str:
-        counts = status_counts(self.status)
-        worst = float(self.residuals.worst().nan_to_num(nan=torch.inf).max()) if self.status.numel() else 0.0
-        return (
-            f"Solution(x={tuple(self.x.shape)}, {counts or 'empty batch'}, "
-            f"worst residual {worst:.1e}, {self.backend}/{self.executor})"
-        )
+        try:
+            counts = status_counts(self.status) or "empty batch"
+            worst = float(self.residuals.worst().nan_to_num(nan=torch.inf).max()) if self.status.numel() else 0.0
+            how = f"{counts}, worst residual {worst:.1e}"
+        except RuntimeError:  # inside vmap, and of tensors without values, nothing can be looked at
+            how = "status not known here"
+        return f"Solution(x={tuple(self.x.shape)}, {how}, {self.backend}/{self.executor})"
 
 
 _LATER = ("s", "nu", "lam", "lam_lower", "lam_upper", "status", "report")

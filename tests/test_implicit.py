@@ -61,6 +61,21 @@ def test_functional_transforms():
     assert wanted.abs().max() > 1e-3 and torch.allclose(torch.func.hessian(loss)(q), wanted, atol=1e-11)
 
 
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_jacobians_by_the_older_vectorised_forward_mode(batch):
+    # `torch.autograd.functional` maps by means of its own, which take less than those of torch.func.
+    data = [t[0] for t in random_qp(1, 4, 4, 1, grad=False)]
+    q, A = torch.randn(*batch, 4, dtype=f64), data[2]
+
+    def outputs(q, A):
+        return everything(data[0], q, A, *data[3:])
+
+    wanted = torch.func.jacrev(outputs, (0, 1))(q, A)
+    found = torch.autograd.functional.jacobian(outputs, (q, A), vectorize=True, strategy="forward-mode")
+    for got, expected in zip(found, wanted, strict=True):
+        assert expected.abs().max() > 1e-3 and torch.allclose(got, expected, atol=1e-11)
+
+
 @pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
 @pytest.mark.parametrize("inner", [torch.func.jacrev, torch.func.jacfwd])
 def test_second_derivatives_by_every_pair_of_modes(outer, inner):

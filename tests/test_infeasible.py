@@ -184,6 +184,10 @@ def test_an_infinite_weight_is_a_hard_row(penalty: Any) -> None:
     none = diffopt.solve_qp(**data, on_infeasible=Elastic(penalty, eq=None, row=None), on_failure="return")
     assert none.status.tolist() == [Status.PRIMAL_INFEASIBLE] * 2
     assert none.certificate is not None and none.certificate.lam.shape == (2, 4)
+    with pytest.raises(
+        diffopt.SolveFailed, match=r"What has no weight \(by default the bounds\).*diffopt.Elastic\(bound=...\)"
+    ):
+        diffopt.solve_qp(torch.eye(2), torch.zeros(2), lower=1.0, upper=0.0, on_infeasible="elastic")
 
 
 ELASTICS: dict[str, Data] = {

@@ -90,6 +90,17 @@ BAD = [
         SettingsError,
         "`on_failure` = 'ignore' is unknown. Expected 'raise' or 'return'",
     ),
+    (
+        lambda: Layer(QPStructure),  # type: ignore[arg-type]
+        ParameterError,
+        "`problem` is the class QPStructure. Expected a diffopt.DifferentiableProblem",
+    ),
+    (lambda: diffopt.solve(diffopt.QPForm(None, torch.ones(2))), ParameterError, "`problem` is QPForm. Expected a"),  # type: ignore[arg-type]
+    (
+        lambda: Layer(QPStructure(3, A=torch.ones(1, 3, requires_grad=True), b=1.0)),
+        ParameterError,
+        r"`A` of QPStructure is fixed, but its value requires a gradient.*given\(\).*learned\(...\).*value.detach\(\)",
+    ),
     (lambda: Layer(structure())(), ParameterError, "needs `q`, which was not given"),
     (lambda: Layer(structure())(q=torch.zeros(3), A=torch.ones(1, 3)), ParameterError, "`A` is declared learned"),
     (lambda: diffopt.solve_qp(torch.eye(2), torch.zeros(2), backend="nope"), UnknownBackend, "Unknown backend 'nope'"),

@@ -1,6 +1,7 @@
 """A solution keeps its answer packed; whoever takes it apart, and where, sees the same."""
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 
@@ -67,12 +68,32 @@ def test_what_is_read_inside_a_transform_does_not_stay_there() -> None:
     assert solution.nu.shape == (2, 1) and float(solution.nu.sum()) == float(diffopt.solve_qp(**problem()).nu.sum())
 
 
+def through_file(solution: diffopt.Solution) -> diffopt.Solution:
+    file = io.BytesIO()
+    torch.save(solution, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 def test_copies_have_everything() -> None:
     solution = diffopt.solve_qp(**problem())
-    for twin in (copy.deepcopy(solution), copy.copy(solution), pickle.loads(pickle.dumps(solution))):
+    for twin in (
+        *(copy.deepcopy(solution), copy.copy(solution)),
+        *(pickle.loads(pickle.dumps(solution)), through_file(solution)),
+    ):
         for name in ("x", "s", "lam", "nu", "lam_lower", "lam_upper", "status", "iterations", "value"):
             assert torch.equal(getattr(twin, name), getattr(solution, name)), name
         assert torch.equal(twin.residuals.gap, solution.residuals.gap) and twin.executor == solution.executor
+
+
+def test_a_file_holds_the_values_of_a_solution_with_a_graph() -> None:
+    solution = diffopt.solve_qp(**problem(requires_grad=True))
+    assert torch.equal(through_file(solution).lam, solution.lam)
+
+
+def test_fields_that_are_still_packed_are_listed() -> None:
+    wanted = {"x", "s", "nu", "lam", "lam_lower", "lam_upper", "status", "report"}
+    assert wanted <= set(dir(diffopt.solve_qp(**problem())))
 
 
 def test_an_unknown_field_is_an_ordinary_error() -> None:

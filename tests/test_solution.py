@@ -30,16 +30,38 @@ def test_pytree_round_trip_keeps_the_value():
     assert torch.equal(doubled.x, 2 * solution.x) and torch.equal(doubled.value, 2 * solution.value)
 
 
-def test_value_keeps_its_graph_when_first_read_without_one():
-    q, solution = solved()
-    with torch.no_grad():
+def test_it_prints_where_no_value_can_be_looked_at():
+    texts = []
+
+    def mapped(q):
+        solution = diffopt.solve_qp(torch.eye(2, dtype=torch.float64), q, lower=0.0)
+        texts.append(repr(solution))
+        return solution.x
+
+    torch.func.vmap(mapped)(torch.ones(3, 2, dtype=torch.float64))
+    assert texts == ["Solution(x=(2,), status not known here, pdipm/cpu:dual)"]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({}, {"settings": Settings(executor="torch")}, {"settings": Settings(relaxation=0.1)}),
+        *({"settings": Settings(selection="minimum_norm")}, {"on_infeasible": "closest"}, {"backend": "scipy"}),
+    ],
+)
+def test_value_keeps_its_graph_when_first_read_without_one(mode, how):
+    q = torch.tensor([1.0, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    data = dict(Q=None, q=q, A=torch.ones(1, 3, dtype=torch.float64), b=1.0, lower=0.0)
+    solution = diffopt.solve_qp(**data, **how)  # type: ignore[arg-type]
+    with mode():
         before = solution.value
     (grad,) = torch.autograd.grad(before.sum(), q)
     assert torch.allclose(grad, solution.x)
-    with torch.no_grad():
-        _, plain = solved()
+    with mode():
+        plain = diffopt.solve_qp(**data, **how)  # type: ignore[arg-type]
         assert not plain.x.requires_grad
-    assert not plain.value.requires_grad
+    assert not plain.value.requires_grad and torch.equal(plain.value, before)
 
 
 def test_words():
@@ -49,12 +71,13 @@ def test_words():
     assert Residuals(torch.tensor(1.0), torch.tensor(3.0), torch.tensor(2.0)).worst() == 3
 
 
-@pytest.mark.parametrize("executor", ["torch", "cpu"])
+@pytest.mark.parametrize("how", [{"executor": "torch"}, {"executor": "cpu"}, {"selection": "minimum_norm"}])
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_value_is_never_computed_from_changed_data(executor, grad):
+def test_a_value_is_never_computed_from_changed_data(how, grad):
     def fresh():
-        Q, q = torch.eye(2, dtype=torch.float64), torch.tensor([-1.0, 2.0], dtype=torch.float64)
-        return Q, q, diffopt.solve_qp(Q.requires_grad_(grad), q, lower=0.0, settings=Settings(executor=executor))
+        # (No curvature in x_1, and no cost: a selection has something to do.)
+        Q, q = torch.diag(torch.tensor([1.0, 0.0]).double()), torch.tensor([-1.0, 0.0], dtype=torch.float64)
+        return Q, q, diffopt.solve_qp(Q.requires_grad_(grad), q, lower=0.0, upper=2.0, settings=Settings(**how))
 
     Q, q, solution = fresh()
     with torch.no_grad():

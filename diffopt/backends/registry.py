@@ -11,7 +11,7 @@ from typing import Any
 
 from diffopt.backends.base import Backend
 from diffopt.errors import BackendError, BackendLoadWarning, BackendNotInstalled, BackendUnsupported, UnknownBackend
-from diffopt.problems.base import DifferentiableProblem
+from diffopt.problems.base import DifferentiableProblem, require_problem
 from diffopt.problems.forms import Form, QPForm
 
 ENTRY_POINTS = "diffopt.backends"
@@ -172,8 +172,10 @@ def explain(problem: DifferentiableProblem | Form, params: Mapping[str, Any] | N
         problem: a problem, with its parameters by name in ``params``; or a standard form.
         params: the values that a call would give.
     """
-    form = problem if isinstance(problem, Form) else problem.standard_form(problem.collect(params or {}))
-    reasons = _reasons(form)
+    if not isinstance(problem, Form):
+        require_problem(problem)
+        problem = problem.standard_form(problem.collect(params or {}))
+    reasons = _reasons(problem)
     chosen = next((name for name in _ranking() if reasons[name] is None), None)
     told = {name: reason or _outranked(name, chosen) for name, reason in reasons.items() if name != chosen}
     return Explanation(chosen, told)

@@ -18,6 +18,7 @@ from diffopt.infeasible import Elastic
 from diffopt.layer import Layer, solve
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.problems import DifferentiableProblem, Form, QPStructure
+from diffopt.problems.base import require_problem
 from diffopt.problems.structure import Declared
 from diffopt.shapes import max_abs
 from diffopt.solution import Solution
@@ -186,12 +187,14 @@ def gradients(
 
     Raises:
         DtypeError: a parameter is not float64: differences would drown in rounding.
-        ParameterError: ``params`` is no mapping, no output or an unknown one, or nothing to differentiate.
+        ParameterError: neither a layer nor a problem; ``params`` is no mapping, no output or an unknown one, or nothing
+            to differentiate.
         SettingsError: ``directions``, ``step`` or ``tolerance`` is out of range.
     """
     _check_arguments(params, outputs, directions, step, tolerance)
     layer = layer_or_problem if isinstance(layer_or_problem, Layer) else None
     problem = layer_or_problem.problem if isinstance(layer_or_problem, Layer) else layer_or_problem
+    require_problem(problem)
     own = None if layer is None else _own(layer)
     policy = None if layer is None else layer.on_infeasible
     prices, given = infeasible.take_weights(policy, params, own)
@@ -207,7 +210,7 @@ def gradients(
     opened, soft = _opened(problem), _opened_policy(policy)
 
     def run(tensors: Mapping[str, Tensor]) -> tuple[Solution, Tensor]:
-        names = (*opened.given_names(), *prices)
+        names = (name for name in (*opened.given_names(), *prices) if name in values)
         call = {name: _rebuilt(problem, name, values[name], tensors) for name in names}
         solution = solve(opened, call, backend=backend, settings=settings, on_failure="return", on_infeasible=soft)
         _, given = infeasible.take_weights(soft, call)

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from diffopt.errors import ParameterError, ShapeError
 from diffopt.shapes import matvec, rmatvec
 
 
@@ -23,6 +24,9 @@ class SymmetricMatrix(ABC):
     """
 
     n: int
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(str(tuple(tensor.shape)) for tensor in self.tensors())})"
 
     @property
     @abstractmethod
@@ -83,7 +87,7 @@ class Dense(SymmetricMatrix):
     def __init__(self, given: Tensor, symmetric: bool = False) -> None:
         self.given = given
         self.symmetric = symmetric
-        self.n = given.shape[-1]
+        self.n = _last("Dense(Q)", given)
         self._entries = given if symmetric else None
 
     @property
@@ -137,7 +141,7 @@ class Diagonal(SymmetricMatrix):
 
     def __init__(self, entries: Tensor) -> None:
         self.entries = entries
-        self.n = entries.shape[-1]
+        self.n = _last("Diagonal(d)", entries)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -180,7 +184,7 @@ class DiagonalPlusLowRank(SymmetricMatrix):
     def __init__(self, entries: Tensor, factor: Tensor) -> None:
         self.entries = entries
         self.factor = factor
-        self.n = entries.shape[-1]
+        self.n = _last("DiagonalPlusLowRank(d, U)", entries)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -225,3 +229,13 @@ class DiagonalPlusLowRank(SymmetricMatrix):
         lengths = self.factor.square().sum(-1).sqrt()
         largest = lengths.amax(-1, keepdim=True) if self.n else lengths
         return self.entries.abs() + lengths * largest
+
+
+def _last(name: str, tensor: Tensor) -> int:
+    """Return the last size of a tensor that a matrix is made of; ``name`` is how that is written."""
+    try:
+        return tensor.shape[-1]
+    except AttributeError as error:
+        raise ParameterError(f"diffopt.{name} takes torch tensors, got {type(tensor).__name__}.") from error
+    except IndexError as error:
+        raise ShapeError(f"diffopt.{name} got a tensor without dimensions. Expected one of (*batch, n).") from error

@@ -52,6 +52,7 @@ class DifferentiableProblem(Living, ABC):
 
     n: int
     params: tuple[Param, ...] = ()
+    optional: frozenset[str] = frozenset()  # parameters that a call may leave out
 
     def __init__(self, **declared: Any) -> None:
         _check_params(self)
@@ -63,6 +64,13 @@ class DifferentiableProblem(Living, ABC):
                     f"{type(self).__name__} has no parameter `{name}`. Expected one of {_listing(names)}."
                 )
             self.declared[name] = declare(value)
+
+    def __repr__(self) -> str:
+        declared: dict[str, Declared] = vars(self).get("declared", {})
+        kinds = {name: declared[name].kind if name in declared else "given" for name in self.param_names()}
+        listed = [f"{name}={kind}" for name, kind in kinds.items() if kind != "absent"]
+        size = [f"n={self.n}"] if hasattr(self, "n") else []
+        return f"{type(self).__name__}({', '.join(size + listed)})"
 
     def __getattr__(self, name: str) -> Any:  # (of what is missing; it costs those that are there nothing)
         if name == "declared":
@@ -131,20 +139,39 @@ class DifferentiableProblem(Living, ABC):
                 )
             values[name] = value
         for name in self.given_names():
-            if name not in values:
+            if name not in values and name not in self.optional:
                 raise ParameterError(
                     f"{type(self).__name__} needs `{name}`, which was not given. "
-                    f"Expected {_listing(self.given_names())}, got {_listing(tuple(given))}."
+                    f"Expected {_listing(self.given_names())}, got {_listing(tuple(given))}.{self._hint(name)}"
                 )
+        if self.optional:
+            left_out = [n for n in self.given_names() if n not in values]
+            names = tuple(n for n in names if n not in left_out)
         return {name: (own[name] if name in own else values.get(name)) for name in names}
 
+    def _hint(self, missing: str) -> str:
+        """Return what else to say of a parameter that was not given, after a space."""
+        return ""
+
     def given_names(self) -> tuple[str, ...]:
-        """Return the names of the parameters that a call must give."""
+        """Return the names of the parameters that a call gives, in order; it may leave out the optional ones."""
         return tuple(n for n in self.param_names() if n not in self.declared or self.declared[n].kind == "given")
 
     def standard_form(self, params: Params) -> Form:
         """Return the form of these parameter values; by default the callables themselves."""
         return NonlinearForm(self, params)
+
+
+def require_problem(problem: object) -> None:
+    """Raise `ParameterError` unless ``problem`` is one."""
+    if isinstance(problem, DifferentiableProblem):
+        return
+    what = f"the class {problem.__name__}" if isinstance(problem, type) else type(problem).__name__
+    inner = getattr(problem, "problem", None)
+    hint = " Pass its `.problem`." if isinstance(inner, DifferentiableProblem) else ""
+    raise ParameterError(
+        f"`problem` is {what}. Expected a diffopt.DifferentiableProblem, for example diffopt.QPStructure(n=...).{hint}"
+    )
 
 
 class NonlinearForm(Form):

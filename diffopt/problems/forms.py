@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffopt.cones import Cone, NonnegativeCone
 from diffopt.errors import ParameterError, ShapeError
-from diffopt.linalg.matrices import Dense, Diagonal, SymmetricMatrix
+from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank, SymmetricMatrix
 from diffopt.modes import transforming
 from diffopt.shapes import broadcast_batch, check_same_kind, matvec
 
@@ -197,6 +197,11 @@ class QPForm(Form):
         self.upper = bound("upper", upper, n, q)
         tensors = self.tensors()
         dtype, device = check_same_kind(tensors)
+        for name, tensor in tensors.items():
+            if tensor.layout is not torch.strided:
+                raise ParameterError(
+                    f"`{name}` is a sparse tensor ({tensor.layout}). Expected a dense one. Pass `{name}.to_dense()`."
+                )
         dims = dict(zip(tensors, self.core_dims(), strict=True))
         batch = broadcast_batch({k: t.shape[: t.dim() - dims[k]] for k, t in tensors.items()})
         known = Signature(dtype, device, batch, self.m)
@@ -204,6 +209,11 @@ class QPForm(Form):
         if self.cone.dim != self.m:
             raise ShapeError(f"`cone` has dimension {self.cone.dim} but G has {self.m} rows. Expected the same number.")
         return known
+
+    def __repr__(self) -> str:
+        bounds = [name for name in ("lower", "upper") if getattr(self, name) is not None]
+        sizes = f"n={self.n}, p={self.p}, m={self.m}, batch={tuple(self.batch_shape)}, Q={self.Q}"
+        return f"QPForm({', '.join([sizes, *bounds])})"
 
     def core_dims(self) -> tuple[int, ...]:
         vectors = (1,) * (int(self.lower is not None) + int(self.upper is not None))
@@ -312,7 +322,24 @@ def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> Symmetric
     if isinstance(Q, SymmetricMatrix):
         if Q.n != n:
             raise ShapeError(f"`Q` is {Q.n} x {Q.n} but q has {n} entries. Expected the same number.")
-        return _hessian(Q.given, q, n) if isinstance(Q, Dense) else Q
+        if isinstance(Q, Dense):
+            return _hessian(Q.given, q, n)
+        for tensor in Q.tensors():
+            require_tensor("Q", tensor)
+        if isinstance(Q, DiagonalPlusLowRank) and (Q.factor.dim() < 2 or Q.factor.shape[-2] != n):
+            # (Not found out later: a factor of one row would broadcast.)
+            hint = " If it is transposed, pass its `.mT`." if Q.factor.dim() > 1 and Q.factor.shape[-1] == n else ""
+            raise ShapeError(
+                f"The factor of `Q`, diffopt.DiagonalPlusLowRank(d, U), has the wrong shape. Expected U of shape "
+                f"(*batch, {n}, k), since `q` has {n} entries; got {tuple(Q.factor.shape)}.{hint}"
+            )
+        return Q
+    if isinstance(Q, int | float):
+        raise ParameterError(
+            f"`Q` is a number, {Q!r}. Expected a tensor (*batch, {n}, {n}), or None for a linear program. For this "
+            f"number times the identity pass diffopt.Diagonal(torch.full(({n},), {float(Q)})), or in a structure "
+            f'declare Q with form="scaled_identity".'
+        )
     require_tensor("Q", Q)
     if Q.dim() < 2 or Q.shape[-1] != Q.shape[-2]:
         raise ShapeError(
@@ -328,14 +355,15 @@ def _hessian(Q: Tensor | SymmetricMatrix | None, q: Tensor, n: int) -> Symmetric
 
 
 def _key(*data: Any) -> tuple[object, ...] | None:
-    """Return the shapes, dtypes and devices of ordinary data; ``None`` for numbers, structures and half of a pair."""
+    """Return the shapes, dtypes and devices of ordinary data, of matrices the layouts too; ``None`` for numbers,
+    structures and half of a pair."""
     Q, q, A, b, G, h, lower, upper = data
     # (Written out: this is a tenth of a small solve. What has no shape is found out by its error.)
     try:
         return (
-            Q.shape, Q.dtype, Q.device, q.shape, q.dtype, q.device,
-            None if A is None and b is None else (A.shape, A.dtype, A.device, b.shape, b.dtype, b.device),  # pyright: ignore[reportOptionalMemberAccess]
-            None if G is None and h is None else (G.shape, G.dtype, G.device, h.shape, h.dtype, h.device),  # pyright: ignore[reportOptionalMemberAccess]
+            Q.shape, Q.dtype, Q.device, Q.layout, q.shape, q.dtype, q.device,
+            None if A is None and b is None else (A.shape, A.dtype, A.device, A.layout, b.shape, b.dtype, b.device),  # pyright: ignore[reportOptionalMemberAccess]
+            None if G is None and h is None else (G.shape, G.dtype, G.device, G.layout, h.shape, h.dtype, h.device),  # pyright: ignore[reportOptionalMemberAccess]
             None if lower is None else (lower.shape, lower.dtype, lower.device),
             None if upper is None else (upper.shape, upper.dtype, upper.device),
         )  # fmt: skip
@@ -361,10 +389,11 @@ def _rows(
     rows = "p" if name == "A" else "m"
     if matrix.dim() < 2 or matrix.shape[-1] != n:
         hint = f" If {name} is transposed, pass `{name}.mT`." if n in matrix.shape[-2:-1] else ""
-        columns = matrix.shape[-1] if matrix.dim() else 0
+        what = f"{matrix.shape[-1]} columns but there are {n} variables" if matrix.dim() > 1 else "no rows and columns"
+        if tuple(matrix.shape) == (n,):
+            hint = f" For one row pass `{name}.unsqueeze(0)`."
         raise ShapeError(
-            f"`{name}` has {columns} columns but there are {n} variables. Expected {name} of shape "
-            f"(*batch, {rows}, {n}), got {tuple(matrix.shape)}.{hint}"
+            f"`{name}` has {what}. Expected {name} of shape (*batch, {rows}, {n}), got {tuple(matrix.shape)}.{hint}"
         )
     if isinstance(side, int | float):
         side = torch.full((matrix.shape[-2],), float(side), dtype=like.dtype, device=like.device)

@@ -24,7 +24,7 @@ class QuadraticProgram(DifferentiableProblem):
 
     A subclass writes one method, ``form(self, ...) -> QPForm``. Its arguments are the
     parameters: those declared in the constructor are learned or fixed, the others are
-    given at the call.
+    given at the call, which may leave out those that have a default.
 
     Example::
 
@@ -44,8 +44,18 @@ class QuadraticProgram(DifferentiableProblem):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if cls.form is QuadraticProgram.form or cls.param_names is not QuadraticProgram.param_names:
+            return  # an abstract class between, or one that names its parameters itself
         # Once for a class: it takes longer than a small solve.
-        cls._names = tuple(inspect.signature(cls.form).parameters)[1:]
+        arguments = list(inspect.signature(cls.form).parameters.values())[1:]
+        for argument in arguments:
+            if argument.kind not in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
+                raise ParameterError(
+                    f"{cls.__name__}.form has the argument `{argument}`. Expected an argument for each parameter, with "
+                    f"the parameter's name: def form(self, y, weight)."
+                )
+        cls._names = tuple(argument.name for argument in arguments)
+        cls.optional = frozenset(argument.name for argument in arguments if argument.default is not argument.empty)
 
     def param_names(self) -> tuple[str, ...]:
         return self._names
@@ -138,6 +148,9 @@ class QPStructure(QuadraticProgram):
                     f"diffopt.given(). Pass one, or declare `{name}` None in the structure."
                 )
         return super().collect(given, own)
+
+    def _hint(self, missing: str) -> str:
+        return " For a linear program declare it: QPStructure(n, Q=None)." if missing == "Q" else ""
 
     def form(self, Q: Any, q: Any, A: Any, b: Any, G: Any, h: Any, lower: Any, upper: Any) -> QPForm:
         if q is None or isinstance(q, int | float):

@@ -108,7 +108,8 @@ class Settings:
         selections = (None, "minimum_norm", "analytic_centre")
         _check("selection", selection, selection in selections, f"one of {', '.join(map(repr, selections))}")
         exact = relaxation is None and kink_rule != "nan"
-        _check("selection", selection, selection is None or exact, "None with a relaxation and the kink rule 'nan'")
+        alone = "None where there is a relaxation, and under the kink rule 'nan'"
+        _check("selection", selection, selection is None or exact, alone)
         if not sync:
             _check("sync", sync, selection is None, "True with a selection")
             together = kink_rule == "inactive" and relaxation is None

@@ -135,6 +135,8 @@ def test_explain_takes_a_problem_and_its_parameters():
     assert diffopt.backends.explain(structure, params).chosen == "pdipm"
     with pytest.raises(diffopt.ParameterError):
         diffopt.backends.explain(structure, {"Q": torch.eye(2)})
+    with pytest.raises(diffopt.ParameterError, match="`problem` is Layer. Expected.* Pass its `.problem`."):
+        diffopt.backends.explain(diffopt.Layer(structure), params)  # type: ignore[arg-type]
 
 
 def test_a_named_backend_that_cannot(registered, problem):

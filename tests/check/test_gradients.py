@@ -348,6 +348,8 @@ def test_bad_arguments() -> None:
     for outputs in ((), "x"):
         with pytest.raises(diffopt.ParameterError, match=r"`outputs` = .*Expected some of x, s"):
             diffopt.check.gradients(problem, params, outputs=outputs)
+    with pytest.raises(diffopt.ParameterError, match="`problem` is Sequential. Expected a diffopt.DifferentiableProbl"):
+        diffopt.check.gradients(torch.nn.Sequential(diffopt.Layer(problem)), params)  # type: ignore[arg-type]
     with pytest.raises(diffopt.ParameterError, match=r"`params` is Tensor. Expected the given parameters by name"):
         diffopt.check.gradients(problem, params["q"])  # type: ignore[arg-type]
     for options in ({"directions": 0}, {"step": 0.0}, {"step": -1e-6}, {"tolerance": 0.0}, {"tolerance": float("nan")}):

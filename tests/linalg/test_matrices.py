@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffopt import ParameterError, ShapeError
 from diffopt.linalg import Dense, Diagonal, DiagonalPlusLowRank
 
 
@@ -18,6 +19,7 @@ def test_laws(batch, kind):
     Q = cases(batch)[kind]
     D, x = Q.dense(), torch.randn(3, 4, dtype=torch.float64)
     assert Q.n == 4 and Q.batch_shape == batch
+    assert repr(Q).startswith(f"{type(Q).__name__}({tuple(Q.tensors()[0].shape)}")
     assert torch.allclose(D, D.mT)
     assert torch.allclose(Q.matvec(x), (D @ x[..., None])[..., 0])
     assert torch.allclose(Q.diagonal(), D.diagonal(dim1=-2, dim2=-1))
@@ -47,3 +49,12 @@ def test_derivatives_of_products(kind):
     if kind == 2:
         _, wanted = torch.func.jvp(lambda t: Q.with_tensors(Q.tensors()[0], t).matvec(x), Q.tensors()[1:], tangents[1:])
         assert torch.allclose(Q.tangent_matvec((None, tangents[1]), x), wanted)
+
+
+@pytest.mark.parametrize("make", [Dense, Diagonal, lambda d: DiagonalPlusLowRank(d, torch.ones(3, 1))])
+def test_what_is_no_tensor_is_refused(make):
+    for value in ([1.0, 2.0, 3.0], 1.0, None):
+        with pytest.raises(ParameterError, match=f"takes torch tensors, got {type(value).__name__}"):
+            make(value)
+    with pytest.raises(ShapeError, match="without dimensions"):
+        make(torch.tensor(1.0))

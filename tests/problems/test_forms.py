@@ -1,10 +1,11 @@
 """Bad data is refused at once: start from a working case and break one thing at a time."""
 
+import numpy as np
 import pytest
 import torch
 
 import diffopt
-from diffopt import DeviceError, Diagonal, DtypeError, ParameterError, QPForm, ShapeError
+from diffopt import DeviceError, Diagonal, DiagonalPlusLowRank, DtypeError, ParameterError, QPForm, ShapeError
 from diffopt.cones import NonnegativeCone, ProductCone
 
 
@@ -20,6 +21,7 @@ def test_shapes_of_a_working_form():
     form = QPForm(**working())
     assert (form.n, form.p, form.m, form.batch_shape) == (4, 1, 3, (2,))
     assert torch.equal(form.upper, torch.ones(4)) and form.cone.dim == 3
+    assert repr(form) == "QPForm(n=4, p=1, m=3, batch=(2,), Q=Dense((4, 4)), lower, upper)"
     assert QPForm(**working(b=2.0, h=1.0)).h.tolist() == [1, 1, 1]
     assert QPForm(**working(h=torch.tensor(1.0), lower=torch.tensor(0.0))).h.shape == (3,)
     assert QPForm(None, torch.zeros(4)).Q.diagonal().sum() == 0
@@ -33,6 +35,16 @@ BROKEN = [
     (dict(Q=torch.eye(3)), ShapeError, r"`Q` is 3 x 3 but `q` has 4 entries"),
     (dict(Q=Diagonal(torch.ones(3))), ShapeError, "`Q` is 3 x 3 but q has 4 entries"),
     (dict(Q=[[1.0]]), ParameterError, r"`Q` must be a torch tensor, got list.*torch.as_tensor\(Q\)"),
+    (dict(Q=2.0), ParameterError, r"`Q` is a number, 2.0. Expected.*torch.full\(\(4,\), 2.0\).*scaled_identity"),
+    (dict(Q=Diagonal(np.ones(4))), ParameterError, "`Q` must be a torch tensor, got ndarray"),
+    (
+        dict(Q=DiagonalPlusLowRank(torch.ones(4), torch.ones(1, 4))), ShapeError,
+        r"The factor of `Q`.*Expected U of shape \(\*batch, 4, k\).*got \(1, 4\). If it is transposed, pass its `.mT`",
+    ),
+    (dict(Q=DiagonalPlusLowRank(torch.ones(4), torch.ones(4))), ShapeError, r"factor of `Q`.*got \(4,\).$"),
+    (dict(Q=torch.eye(4).to_sparse()), ParameterError, r"`Q` is a sparse tensor.*Pass `Q.to_dense\(\)`"),
+    (dict(A=torch.zeros(1, 4).to_sparse()), ParameterError, "`A` is a sparse tensor"),
+    (dict(G=torch.zeros(2, 3, 4).to_sparse()), ParameterError, "`G` is a sparse tensor"),
     (dict(q=torch.tensor(1.0)), ShapeError, "`q` has no dimensions"),
     (dict(q=torch.zeros(0)), ShapeError, "`q` has no entries"),
     (dict(q=None), ParameterError, "`q` must be a torch tensor, got NoneType"),
@@ -42,7 +54,10 @@ BROKEN = [
         r"If G is transposed, pass `G.mT`.",
     ),
     (dict(A=torch.zeros(1, 5)), ShapeError, r"`A` has 5 columns.*\(\*batch, p, 4\), got \(1, 5\)"),
-    (dict(G=torch.zeros(4)), ShapeError, r"Expected G of shape \(\*batch, m, 4\), got \(4,\)"),
+    (
+        dict(G=torch.zeros(4)), ShapeError,
+        r"`G` has no rows and columns. Expected.*\(\*batch, m, 4\), got \(4,\). For one row pass `G.unsqueeze\(0\)`",
+    ),
     (dict(h=torch.zeros(2)), ShapeError, r"`h` has 2 entries but `G` has 3 rows. Expected h of shape \(\*batch, 3\)"),
     (dict(b=torch.zeros(2)), ShapeError, "`b` has 2 entries but `A` has 1 rows"),
     (dict(h=None), ParameterError, "`G` was given without `h`. Expected both or neither"),
@@ -76,6 +91,8 @@ def test_shapes_that_passed_before_do_not_let_other_data_through():
                 QPForm(torch.eye(4), q, **broken)
         with pytest.raises(ParameterError, match="must be a torch tensor"):
             QPForm(torch.eye(4), q.numpy())
+        with pytest.raises(ParameterError, match="`Q` is a sparse tensor"):
+            QPForm(torch.eye(4).to_sparse(), q)  # (a dense one of this shape has passed the checks)
 
 
 def test_with_tensors_is_the_same_form():

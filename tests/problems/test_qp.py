@@ -37,6 +37,37 @@ def test_structure_of_ones_own():
     assert torch.allclose(layer.weight.grad, torch.tensor(2 * (1.6 - 2.55), dtype=f64))
 
 
+def test_it_prints_where_its_values_come_from():
+    assert (
+        repr(QPStructure(2, Q=learned(torch.eye(2)), lower=0.0)) == "QPStructure(n=2, Q=learned, q=given, lower=fixed)"
+    )
+    assert repr(TotalVariation(4)) == "TotalVariation(y=given, weight=learned, D=fixed)"
+
+
+def test_an_argument_with_a_default_may_be_left_out():
+    class Scaled(diffopt.QuadraticProgram):
+        def form(self, y, weight=2.0, *, lower=None):
+            return QPForm(weight * torch.eye(2, dtype=f64), -y, lower=lower)
+
+    y = torch.tensor([1.0, -4.0], dtype=f64)
+    layer = diffopt.Layer(Scaled())
+    assert layer(y).tolist() == [0.5, -2.0] and layer(y, torch.tensor(4.0).double()).tolist() == [0.25, -1.0]
+    assert layer(y=y, lower=0.0).tolist() == [0.5, 0.0]
+    assert diffopt.Layer(Scaled(weight=given()))(y).tolist() == [0.5, -2.0]
+    assert diffopt.solve(Scaled(weight=learned(torch.tensor(1.0, dtype=f64))), {"y": y}).x.tolist() == y.tolist()
+    assert diffopt.check.gradients(layer, {"y": y}).ok
+    with pytest.raises(ParameterError, match="Scaled needs `y`, which was not given"):
+        layer(weight=1.0)
+
+
+def test_arguments_without_a_name_are_refused():
+    for form in (lambda self, *y: QPForm(None, *y), lambda self, **y: QPForm(None, **y), lambda self, y, /: y):
+        with pytest.raises(
+            ParameterError, match=r"Unnamed.form has the argument `\**y`. Expected an argument for each"
+        ):
+            type("Unnamed", (diffopt.QuadraticProgram,), {"form": form})
+
+
 def test_closed_derivatives_equal_derived_ones():
     torch.manual_seed(0)
     n = 4
@@ -126,6 +157,7 @@ def test_bad_declarations(make, error, message):
     ("structure", "params", "error", "message"),
     [
         (QPStructure(2), {"Q": torch.eye(2)}, ParameterError, "needs `q`, which was not given"),
+        (QPStructure(2), {"q": torch.zeros(2)}, ParameterError, r"needs `Q`.*For a linear program.*\(n, Q=None\)"),
         (QPStructure(2), {"Q": torch.eye(2), "q": torch.zeros(2), "c": 1}, ParameterError, "takes no `c`.*`Q`, `q`"),
         (QPStructure(2), {"Q": torch.eye(2), "q": torch.zeros(2), "lower": 0.0}, ParameterError, "takes no `lower`"),
         (QPStructure(2, Q=torch.eye(2)), {"Q": torch.eye(2), "q": torch.zeros(2)}, ParameterError, "declared fixed"),

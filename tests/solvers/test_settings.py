@@ -42,6 +42,14 @@ def test_the_text_of_settings_says_all_of_them():
         (dict(relaxation="x"), "`relaxation` = 'x'.*None or a positive number"),
         (dict(kink_rule="left"), "`kink_rule` = 'left'.*'inactive', 'active', 'central', 'minimum_norm'"),
         (dict(weak_tolerance=2.0), "`weak_tolerance` = 2.0"),
+        (
+            dict(selection="minimum_norm", relaxation=0.1),
+            "Expected None where there is a relaxation, and under the kink",
+        ),
+        (
+            dict(selection="minimum_norm", kink_rule="nan"),
+            "Expected None where there is a relaxation, and under the kink",
+        ),
         (dict(reduction="lu"), "`reduction` = 'lu'.*'auto', 'dual', 'diagonal', 'primal'"),
     ],
 )
