@@ -5,6 +5,7 @@ itself, to which `solve` is then named as a second forward method. The model ret
 """
 
 import itertools
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,8 @@ def trained(model: nn.Module, features: Tensor, targets: Tensor, way: str) -> di
 
 
 def main() -> None:
+    # (Fields of a Solution share memory, which FSDP says of any output: to change them in place would be wrong.)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     dist.init_process_group("gloo")
     rank, agreed = dist.get_rank(), 0
     for executor, dtype in itertools.product(("torch", "cpu"), (torch.float32, torch.float64)):

@@ -57,7 +57,7 @@ def equilibrate(Q: SymmetricMatrix, A: Tensor, G: Tensor, q: Tensor) -> Scaling:
     """
     # No entry of a positive semidefinite Q is larger than the geometric mean of its two diagonal ones, in any units:
     # balancing the diagonal balances all of it.
-    hessian, a, g = Q.diagonal().abs(), A.abs(), G.abs()
+    hessian, a, g = Q.diagonal().clamp(min=0), A.abs(), G.abs()
     d = torch.ones_like(hessian)
     eq = torch.ones(A.shape[:-1], dtype=A.dtype, device=A.device)
     rows = torch.ones(G.shape[:-1], dtype=G.dtype, device=G.device)

@@ -181,7 +181,14 @@ class General {
             if (nonnegative || !problem.k.rank) return nonnegative;
             return saddle.hessian_is_definite(NEGATIVE);
         }
-        std::fill_n(r_dual_, problem.np, NEGATIVE);
+        // Largest sum of magnitudes in a row: at least the largest eigenvalue, and rounding errs by less than eps of it.
+        double most = 1;
+        for (Index i = 0; i < problem.k.n; i++) {
+            double sum = 0;
+            for (Index j = 0; j < problem.k.n; j++) sum += std::fabs(problem.Q[i * problem.np + j]);
+            most = std::max(most, sum);
+        }
+        std::fill_n(r_dual_, problem.np, NEGATIVE * most);
         return cholesky<P>(problem.Q, problem.np, r_dual_, factor_, problem.np, problem.k.n, inverse_).positive;
     }
 

@@ -321,7 +321,7 @@ class Scaled {
     void hessian_sizes(double* out) const {
         std::fill_n(out, np, 0.0);
         for (Index j = 0; j < k.n; j++) {
-            out[j] = std::fabs(dense() ? Q[j * np + j] : diagonal[j]);
+            out[j] = std::max(dense() ? Q[j * np + j] : diagonal[j], 0.0);  // (below zero it is a rounding error, or refused)
             for (Index c = 0; !dense() && c < k.rank; c++) out[j] += F[c * np + j] * F[c * np + j];
         }
     }
