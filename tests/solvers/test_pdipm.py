@@ -372,3 +372,11 @@ def test_fixed_variables_are_no_pairs_of_bounds(executor):
     settings = Settings(executor=executor)
     solution = diffopt.solve_qp(problem.Q, problem.q, lower=problem.x, upper=problem.x, settings=settings)
     assert torch.equal(solution.x, problem.x) and not bool(solution.iterations.any())
+
+
+@pytest.mark.parametrize("executor", ["torch", "cpu"])
+def test_a_diagonal_entry_below_zero_by_rounding_is_zero(executor):
+    """In the units that equilibration chooses, of such an entry alone, it would be -1."""
+    Q, q = torch.diag(torch.tensor([1.0, 1.0, -1e-17])), torch.tensor([0.5, 2.0, 0.25])
+    solution = diffopt.solve_qp(Q.double(), q.double(), lower=-1.0, upper=1.0, settings=Settings(executor=executor))
+    assert solution.x.tolist() == pytest.approx([-0.5, -1.0, -1.0], abs=1e-9)
