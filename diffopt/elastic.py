@@ -155,7 +155,7 @@ def _where_needed(form: QPForm, elastic: Elastic, soft: Mapping[str, _Soft], inn
 def _part(tensor: Tensor, lead: int, rows: Tensor, batch: torch.Size) -> Tensor:
     """Return some instances of a tensor with so many batch dimensions; one that all share as it is."""
     core = tensor.shape[lead:]
-    return tensor.expand(*batch, *core).reshape(-1, *core)[rows] if lead else tensor
+    return tensor.expand(*batch, *core).reshape(batch.numel(), *core)[rows] if lead else tensor
 
 
 def _merged(met: Tensor, rows: Tensor | None, first: Solution, second: Solution) -> Solution:
@@ -165,7 +165,7 @@ def _merged(met: Tensor, rows: Tensor | None, first: Solution, second: Solution)
         if rows is None:
             return torch.where(met.unsqueeze(-1) if old.dim() > met.dim() else met, old, new)
         core = old.shape[met.dim() :]
-        return old.reshape(-1, *core).index_copy(0, rows, new).reshape(old.shape)
+        return old.reshape(met.numel(), *core).index_copy(0, rows, new).reshape(old.shape)
 
     def report(old: Tensor, new: Tensor) -> Tensor:
         return torch.stack([merged(a, b) for a, b in zip(old, new, strict=True)])

@@ -19,9 +19,9 @@ EXECUTORS = ["cpu", "torch", pytest.param("cuda", marks=pytest.mark.cuda)]
 WEIGHT = 50.0
 
 
-def some_contradict(bounds: known.Bounds = "both") -> dict[str, Any]:
+def some_contradict(p: int = 1, bounds: known.Bounds = "both") -> dict[str, Any]:
     """Return 6 programs, batched ``(2, 3)``: two meet their rows, one only at a price above `WEIGHT`, three cannot."""
-    problem = known.quadratic_program(5, 5, 1, 4, bounds=bounds, batch=(2, 3), condition=10.0)
+    problem = known.quadratic_program(5, 5, p, 4, bounds=bounds, batch=(2, 3), condition=10.0)
     data = {name: v for name, v in problem.arguments().items() if v is not None}
     G, h = data["G"].clone(), data["h"].clone()
     G[..., 1, :] = torch.where(
@@ -47,10 +47,13 @@ def solved(data: dict[str, Any], executor: Any, **weights: Any) -> tuple[diffopt
 
 
 @pytest.mark.parametrize("soft_bounds", [False, True])
+@pytest.mark.parametrize("p", [0, 1])
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_solved_as_they_are_or_softened_it_is_the_same(executor: Any, soft_bounds: bool, monkeypatch: Any) -> None:
-    data = some_contradict()
-    weights = {"eq": torch.full((1,), WEIGHT, dtype=f64), "row": torch.full((3, 4), WEIGHT, dtype=f64)}
+def test_solved_as_they_are_or_softened_it_is_the_same(
+    executor: Any, p: int, soft_bounds: bool, monkeypatch: Any
+) -> None:
+    data = some_contradict(p)
+    weights = {"eq": torch.full((p,), WEIGHT, dtype=f64), "row": torch.full((3, 4), WEIGHT, dtype=f64)}
     weights |= {"bound": torch.full((5,), 2 * WEIGHT, dtype=f64)} if soft_bounds else {}
     ours, our_gradients = solved(data, executor, **weights)
     monkeypatch.setattr(elastic, "_where_needed", elastic._softened)
