@@ -13,7 +13,7 @@ from diffopt import kkt, transforms
 from diffopt.gates import gate
 from diffopt.linalg.matrices import Diagonal
 from diffopt.problems.forms import Form, QPForm
-from diffopt.shapes import stacked
+from diffopt.shapes import stacked, where_instance
 from diffopt.solution import ALMOST, Certificate, Report, Shifts, Solution, Status, graded, no_shifts, succeeded
 
 
@@ -96,8 +96,7 @@ def solve(form: QPForm, inner: Callable[[QPForm], Solution], tolerance: float) -
     value = gate(second.value.unsqueeze(-1), spoiled).squeeze(-1)
 
     def merged(new: Tensor, old: Tensor) -> Tensor:
-        mask = use.unsqueeze(-1) if old.dim() > use.dim() else use
-        return torch.where(mask, new.to(old.dtype), old)
+        return where_instance(use, new.to(old.dtype), old)
 
     status = merged(status, first.status)
     bound = [v if v.shape[-1] else none.to(v.dtype) for v in (t.low, t.high)]

@@ -14,7 +14,7 @@ from diffopt.errors import ParameterError, SettingsError, ShapeError
 from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank, SymmetricMatrix
 from diffopt.problems.forms import QPForm, require_tensor
 from diffopt.problems.structure import Declared, declare
-from diffopt.shapes import check_same_kind, stacked, zeros_of
+from diffopt.shapes import check_same_kind, instances, stacked, where_instance, zeros_of
 from diffopt.solution import Certificate, Report, Shifts, Solution, Status, no_shifts
 
 Solve = Callable[[QPForm], Solution]
@@ -134,28 +134,17 @@ def _where_needed(form: QPForm, elastic: Elastic, soft: Mapping[str, _Soft], inn
     if bool(met.all()):
         # (A gradient of zero in the weights is a gradient.)
         tie = sum((zeros_of(group.weight).sum(-1, keepdim=True) for group in soft.values()), first.x.new_zeros(1))
-        value = lambda: first.value + tie.squeeze(-1)  # noqa: E731
-        return replace(first, x=first.x + tie, shifts=no_shifts(first), _value=value)
-    if not bool(met.any()):
-        return _softened(form, elastic, soft, inner)
-    if first.executor.startswith(("torch", "cuda")):
-        # There an instance's last bits go by the size of the batch, which no neighbour is to change.
+        return replace(first, x=first.x + tie, shifts=no_shifts(first), _value=lambda: first.value + tie.squeeze(-1))
+    # (By torch operations an instance's last bits go by the size of the batch, which no neighbour is to change.)
+    if first.executor.startswith(("torch", "cuda")) or not bool(met.any()):
         return _merged(met, None, first, _softened(form, elastic, soft, inner))
-    rows = (~met).flatten().nonzero().squeeze(-1)
+    rows, batch = (~met).flatten().nonzero().squeeze(-1), form.batch_shape
     part = {
-        name: _part(v, v.dim() - core, rows, form.batch_shape)
-        for (name, v), core in zip(form.tensors().items(), form.core_dims(), strict=True)
+        # (What is shared stays so: then matrices are, too.)
+        name: _Soft(*(v if v.dim() == 1 else instances(v, 1, batch, rows) for v in group))
+        for name, group in soft.items()
     }
-    groups = {
-        name: _Soft(*(_part(v, v.dim() - 1, rows, form.batch_shape) for v in group)) for name, group in soft.items()
-    }
-    return _merged(met, rows, first, _softened(form.rebatched(part), elastic, groups, inner))
-
-
-def _part(tensor: Tensor, lead: int, rows: Tensor, batch: torch.Size) -> Tensor:
-    """Return some instances of a tensor with so many batch dimensions; one that all share as it is."""
-    core = tensor.shape[lead:]
-    return tensor.expand(*batch, *core).reshape(batch.numel(), *core)[rows] if lead else tensor
+    return _merged(met, rows, first, _softened(form.part(rows), elastic, part, inner))
 
 
 def _merged(met: Tensor, rows: Tensor | None, first: Solution, second: Solution) -> Solution:
@@ -163,7 +152,7 @@ def _merged(met: Tensor, rows: Tensor | None, first: Solution, second: Solution)
 
     def merged(old: Tensor, new: Tensor) -> Tensor:
         if rows is None:
-            return torch.where(met.unsqueeze(-1) if old.dim() > met.dim() else met, old, new)
+            return where_instance(met, old, new)
         core = old.shape[met.dim() :]
         return old.reshape(met.numel(), *core).index_copy(0, rows, new).reshape(old.shape)
 

@@ -83,7 +83,7 @@ def _others(form: Form, found: kkt.Solved, kink_rule: str, weak_tolerance: float
     others = []
     for rest in found.others:
         assert isinstance(form, QPForm) and found.counts is not None
-        prepared = prepare(form.part(rest.begin, rest.end).detach(), rest.found, kink_rule, weak_tolerance)
+        prepared = prepare(form.part(slice(rest.begin, rest.end)).detach(), rest.found, kink_rule, weak_tolerance)
         target = found.counts.view(3, -1)[1:, rest.begin : rest.end]
         target.copy_(torch.where(rest.mine, prepared.counts[1:], target))
         others.append((rest, prepared))
@@ -252,7 +252,7 @@ def _add_rest(
     """Add the gradients of instances that another solver solved to those of the batch."""
     assert isinstance(whole, QPForm)
     begin, end, mine, _ = rest
-    form, batch, count = whole.part(begin, end), whole.batch_shape, whole.batch_shape.numel()
+    form, batch, count = whole.part(slice(begin, end)), whole.batch_shape, whole.batch_shape.numel()
     with torch.enable_grad():
         form = form.with_tensors({k: v.detach().requires_grad_() for k, v in form.tensors().items()})
         some = attach(form, prepared)

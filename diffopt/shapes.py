@@ -95,6 +95,18 @@ def max_abs(vector: Tensor) -> Tensor:
     return vector.abs().amax(-1)
 
 
+def instances(tensor: Tensor, dims: int, batch: torch.Size, places: slice | Tensor) -> Tensor:
+    """Return a tensor, whose last ``dims`` dimensions are those of an instance, at places of the flattened batch."""
+    core = tensor.shape[tensor.dim() - dims :]
+    # (Counted: of no entries torch cannot tell how many instances they are.)
+    return tensor.expand(*batch, *core).reshape(batch.numel(), *core)[places]
+
+
+def where_instance(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    """Return ``chosen`` where ``mask`` ``(*batch,)`` holds, else ``other``: both ``(*batch,)`` or ``(*batch, k)``."""
+    return torch.where(mask.unsqueeze(-1) if other.dim() > mask.dim() else mask, chosen, other)
+
+
 def stacked(matrices: Sequence[Tensor]) -> Tensor:
     """Return matrices ``(*batch, rows, n)`` on top of each other, over their common batch."""
     batch = torch.broadcast_shapes(*(v.shape[:-2] for v in matrices))

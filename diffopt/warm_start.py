@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from diffopt.shapes import instances
 
 
 class Start(NamedTuple):
@@ -29,7 +30,7 @@ class Start(NamedTuple):
 
     def part(self, begin: int, end: int, batch: torch.Size) -> Start:
         """Return the start of some instances of the flattened batch."""
-        return Start(*(v.expand(*batch, v.shape[-1]).reshape(-1, v.shape[-1])[begin:end] for v in self))
+        return Start(*(instances(v, 1, batch, slice(begin, end)) for v in self))
 
     def finite(self) -> Tensor:
         """Return where a start is usable, ``(*batch,)``."""

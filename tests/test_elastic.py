@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import diffopt
 import measures
@@ -99,10 +100,46 @@ def test_neighbours_that_need_it_change_no_bit(executor: Any) -> None:
     after, other_gradients = solved(data, executor, **weights)
     same = torch.tensor([[False, True, True], [True, False, True]])
     assert not torch.equal(before.x[~same], after.x[~same])
-    for name in measures.OUTPUTS:
+    for name in (*measures.OUTPUTS, "status", "iterations", "weakly_active", "dependent"):
         assert torch.equal(getattr(before, name)[same], getattr(after, name)[same]), name
     for name in data:
         assert torch.equal(gradients[name][same], other_gradients[name][same]), name
+
+
+def test_where_none_can_be_met_steps_are_counted_as_where_some_can(monkeypatch: Any) -> None:
+    data = some_contradict()
+    some = diffopt.solve_qp(**data, on_infeasible=Elastic(row=WEIGHT))
+    one = {name: v[0, 1] for name, v in data.items()}
+    for alone in ({name: v[None] for name, v in one.items()}, one):
+        found = diffopt.solve_qp(**alone, on_infeasible=Elastic(row=WEIGHT))
+        assert found.x.shape == alone["q"].shape and torch.equal(found.x.flatten(), some.x[0, 1])
+        assert int(found.iterations) == int(some.iterations[0, 1])
+    plain = diffopt.solve_qp(**one, on_failure="return")
+    monkeypatch.setattr(elastic, "_where_needed", elastic._softened)
+    softened = diffopt.solve_qp(**one, on_infeasible=Elastic(row=WEIGHT))
+    assert int(found.iterations) == int(plain.iterations) + int(softened.iterations) > int(softened.iterations)
+
+
+@pytest.mark.parametrize("executor", ["cpu", "torch"])
+def test_forward_and_second_derivatives_of_a_batch_that_is_part_softened(executor: Any) -> None:
+    data = some_contradict()
+    settings, leaf = Settings(executor=executor), data["q"].clone().requires_grad_()
+
+    def x(q: Tensor) -> Tensor:
+        return diffopt.solve_qp(**data | {"q": q}, settings=settings, on_infeasible=Elastic(row=WEIGHT)).x
+
+    (first,) = torch.autograd.grad(x(leaf).sin().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad((first * torch.arange(5.0)).sum(), leaf)
+    direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=f64)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(x(forward_ad.make_dual(data["q"], direction))).tangent
+    step = 1e-5
+    ends = [data["q"] + sign * step * direction for sign in (1.0, -1.0)]
+    high, low = (x(end) for end in ends)
+    assert measures.relative(tangent, (high - low) / (2 * step)) <= 1e-6
+    slopes = [torch.autograd.grad(x(end.requires_grad_()).sin().sum(), end)[0] for end in ends]
+    bend = ((slopes[0] - slopes[1]) / (2 * step) * torch.arange(5.0)).sum()
+    assert abs(float((second * direction).sum() - bend)) <= 1e-6 * (1 + abs(float(bend)))
 
 
 def test_a_batch_of_weights_for_one_problem() -> None:

@@ -41,6 +41,12 @@ def fields(solution: Any) -> dict[str, Tensor]:
     return {name: getattr(solution, name).detach() for name in Start._fields}
 
 
+def test_part_of_a_start_without_equalities() -> None:
+    start = Start(torch.ones(2, 3, N), torch.ones(2, 3, 0), torch.ones(M), torch.zeros(N), torch.zeros(N))
+    part = start.part(2, 5, torch.Size((2, 3)))
+    assert [tuple(v.shape) for v in part] == [(3, N), (3, 0), (3, M), (3, N), (3, N)]
+
+
 # ------------------------------------------------------------------ bad starts
 
 

@@ -84,7 +84,7 @@ class PdipmBackend(Backend):
             if not bool(mine.any()):
                 continue
             near = None if start is None else start.part(begin, end, shape)
-            found = super().solve(form.part(begin, end), settings, start=near)
+            found = super().solve(form.part(slice(begin, end)), settings, start=near)
             for target, value in zip(flat, found.point, strict=True):
                 _put(target[begin:end], value, mine.unsqueeze(-1))
             _put(status[begin:end], found.status, mine)

@@ -16,7 +16,7 @@ from diffopt.cones import Cone, NonnegativeCone
 from diffopt.errors import ParameterError, ShapeError
 from diffopt.linalg.matrices import Dense, Diagonal, DiagonalPlusLowRank, SymmetricMatrix
 from diffopt.modes import transforming
-from diffopt.shapes import broadcast_batch, check_same_kind, matvec
+from diffopt.shapes import broadcast_batch, check_same_kind, instances, matvec
 
 
 class Derivatives(NamedTuple):
@@ -263,18 +263,17 @@ class QPForm(Form):
         cone = None if self.cone is self.signature.cone else self.cone
         return QPForm(Q, twin.q, twin.A, twin.b, twin.G, twin.h, twin.lower, twin.upper, cone)
 
-    def part(self, begin: int, end: int) -> QPForm:
-        """Return the problems at these places of the flattened batch, as a batch of one dimension; what all instances
-        share has none."""
-        count, tensors = self.batch_shape.numel(), {}
+    def part(self, places: slice | Tensor) -> QPForm:
+        """Return the problems at these places of the flattened batch, ``(k,)``, as a batch of one dimension; what all
+        instances share has none."""
+        tensors = {}
         for (name, tensor), dims in zip(self.tensors().items(), self.core_dims(), strict=True):
             lead, core = tensor.shape[: tensor.dim() - dims], tensor.shape[tensor.dim() - dims :]
-            if lead.numel() == 1:
-                tensors[name] = tensor.reshape(core)
-            else:
-                tensors[name] = tensor.expand(*self.batch_shape, *core).reshape(count, *core)[begin:end]
+            shared = lead.numel() == 1
+            tensors[name] = tensor.reshape(core) if shared else instances(tensor, dims, self.batch_shape, places)
         twin = self.with_tensors(tensors)
-        twin.batch_shape = torch.Size((end - begin,))
+        many = len(places) if isinstance(places, Tensor) else places.stop - places.start
+        twin.batch_shape = torch.Size((many,))
         twin.signature = Signature(self.dtype, self.device, twin.batch_shape, self.m)
         return twin
 
