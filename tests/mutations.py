@@ -198,7 +198,7 @@ FAULTS = [
     Fault("the polish changes no side", "solvers/polish.py", "ROUNDS = 4", "ROUNDS = 1", "test_hard_families.py"),
     Fault("held rows are not shifted", "linalg/saddle.py", "rows.row_e * (1 + rows.row_e) + system.shift.row, 1.0)",
           "rows.row_e * (1 + rows.row_e), 1.0)", "test_hard_families.py"),
-    Fault("no row counts as dependent", "linalg/saddle.py", "self.floor = FLOOR", "self.floor = 0.0", "test_hard_families.py"),
+    Fault("no row counts as dependent", "linalg/saddle.py", "floor: float = FLOOR", "floor: float = 0.0", "test_hard_families.py"),
     Fault("no second look at rows that seem dependent", "linalg/saddle.py", "if not waiting.some(unsure):", "if True:",
           "test_hard_families.py"),
     Fault("the second look believes rounding errors", "linalg/saddle.py", "FINE_FLOOR, FINE_NOISE, FINER = 1e-11, 1e-12", "FINE_FLOOR, FINE_NOISE, FINER = 0.0, 0.0",

@@ -90,15 +90,17 @@ class Saddle:
             bounds and factors one row per equality, inequality and rank; ``"primal"`` factors an
             n x n matrix and takes any positive semidefinite Q.
         shift: R.
+        floor: the pivot below which a row counts as dependent.
 
     Attributes:
         failed: ``(*batch,)`` True where the once-only work broke down (Q not positive definite).
     """
 
-    def __init__(self, Q: SymmetricMatrix, A: Tensor, G: Tensor, reduction: str, shift: Shift) -> None:
-        self.Q, self.A, self.G, self.reduction, self.shift = Q, A, G, reduction, shift
+    def __init__(
+        self, Q: SymmetricMatrix, A: Tensor, G: Tensor, reduction: str, shift: Shift, floor: float = FLOOR
+    ) -> None:
+        self.Q, self.A, self.G, self.reduction, self.shift, self.floor = Q, A, G, reduction, shift, floor
         self.failed = torch.zeros((), dtype=torch.bool, device=A.device)
-        self.floor = FLOOR
         self._products: Tensor | None = None
         self._fine: Saddle | None = None
         if reduction == "dual":
@@ -159,8 +161,7 @@ class Saddle:
         if self._fine is None:
             shift = self.shift
             shift = Shift(shift.rho, *(FINER * v for v in (shift.eq, shift.row, shift.bound)))
-            self._fine = Saddle(self.Q, self.A, self.G, self.reduction, shift)
-            self._fine.floor = FINE_FLOOR
+            self._fine = Saddle(self.Q, self.A, self.G, self.reduction, shift, FINE_FLOOR)
         return self._fine
 
 

@@ -6,7 +6,8 @@
 namespace diffopt {
 
 // Prepares the system of the rows marked in active_ (equalities and held rows): M = V_B'V_B, factored.
-// False where these rows depend on each other; close_: so nearly that a derivative needs more accurate solves. Only M is needed for multipliers: x follows from them.
+// False where these rows depend on each other; close_: so nearly that a derivative needs more accurate solves. Only M is
+// needed for multipliers: x follows from them.
 template <class P> typename P::Flag Dual<P>::hold() {
     PROFILE(HOLD, 0);
     Flag enough = none_of(Flag{});

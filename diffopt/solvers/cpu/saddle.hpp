@@ -98,11 +98,10 @@ class Saddle {
     // How many rows, equalities too, depend on the others.
     int64_t dependent() const {
         if (how_ == WEIGHED && s.soft != 0) return 0;
-        const Index own = s.k.p + (how_ == WEIGHED ? 0 : static_cast<Index>(list_.size()));
         // (The second look is near rounding errors, which go by the largest entry.)
         const double floor = finer_ == 1 ? DEPENDENT : std::max(FINE_DEPENDENT, FINE_NOISE * largest_);
         int64_t count = 0;
-        for (Index r = 0; r < own; r++) count += 1 / (inv_s_[r] * inv_s_[r]) < floor;
+        for (Index r = 0; r < own(); r++) count += 1 / (inv_s_[r] * inv_s_[r]) < floor;
         return count;
     }
 
@@ -254,12 +253,15 @@ class Saddle {
             for (Index z = columns_; z < ld_; z++) V_[j * ld_ + z] = 0;
     }
 
+    // How many of the columns are rows of the problem; those of F come after them.
+    Index own() const { return s.k.p + (how_ == WEIGHED ? 0 : static_cast<Index>(list_.size())); }
+
     // S = V'V + diag(E), factored in place.
     bool factor_schur() {
         auto all = [](Index) { return Index{0}; };
         gram<P, false>(V_, ld_, s.k.n, columns_, nullptr, 0, S_, ld_, all);
         largest_ = 0;
-        for (Index c = 0; c < columns_; c++) largest_ = vmax(S_[c * ld_ + c], largest_);
+        for (Index c = 0; c < own(); c++) largest_ = vmax(S_[c * ld_ + c], largest_);
         return cholesky<P>(S_, ld_, E_, S_, ld_, columns_, inv_s_).positive;
     }
 
