@@ -111,7 +111,7 @@ def residuals(form: Form, point: Point) -> Residuals:
     violation = form.cone.violation(torch.where(there, -g, 0.0))
     pull, push = rmatvec(A, point.nu), rmatvec(G, torch.where(there, point.lam, 0.0))
     side = torch.where(there, h * point.lam, 0.0).sum(-1)
-    sizes = [Ax, b, torch.where(there, Gx, 0.0), torch.where(there, h, 0.0)]
+    sizes = [Ax, b, torch.where(there, Gx, 0.0), torch.where(violation > 0, h, 0.0)]
     errors = [e, violation]
     for bound, dual, sign in ((form.lower, point.lam_lower, -1), (form.upper, point.lam_upper, 1)):
         if bound is None:
@@ -120,7 +120,7 @@ def residuals(form: Form, point: Point) -> Residuals:
         push = push + sign * torch.where(finite, dual, 0.0)
         side = side + sign * torch.where(finite, bound * dual, 0.0).sum(-1)
         errors.append(torch.where(finite, sign * (x - bound), 0.0).clamp_min(0))
-        sizes += [torch.where(finite, x, 0.0), torch.where(finite, bound, 0.0)]
+        sizes += [torch.where(finite, x, 0.0), torch.where(errors[-1] > 0, bound, 0.0)]
     primal = _largest(errors) / (1 + _largest(sizes))
     dual = max_abs(sum(slopes) + pull + push) / (1 + _largest([*slopes, pull, push]))
     terms = [(v * x).sum(-1) for v in slopes] + [(b * point.nu).sum(-1), side]

@@ -67,9 +67,10 @@ class Residuals(NamedTuple):
     """Relative residuals of the optimality conditions, each ``(*batch,)``, in the original data.
 
     With all norms the largest magnitude: ``primal`` is the worst violation of a constraint over
-    1 + max(|Ax|, |b|, |Gx|, |h|) (a finite bound counts as a row of G); ``dual`` is the gradient of
-    the Lagrangian over 1 + max(|Qx|, |q|, |A'nu|, |G'lam|); ``gap`` is |x'Qx + q'x + b'nu + h'lam|
-    over 1 + its largest term. 0 is exact; NaN where the point does not exist.
+    1 + max(|Ax|, |b|, |Gx|, |h|), where h counts only in the rows that x violates (a finite bound counts
+    as a row of G); ``dual`` is the gradient of the Lagrangian over 1 + max(|Qx|, |q|, |A'nu|, |G'lam|);
+    ``gap`` is |x'Qx + q'x + b'nu + h'lam| over 1 + its largest term. 0 is exact; NaN where the point does
+    not exist.
     """
 
     primal: Tensor

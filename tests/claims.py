@@ -21,7 +21,7 @@ ROUNDING = 1e-14
 """What the library's own float64 residuals may differ by from these."""
 
 PROOF = 1e-6
-"""Largest error of a certificate, normalised to depth 1 and relative to the sizes of what cancels in it. The library
+"""Largest error of a certificate, normalised to depth 1, relative to the sizes of what cancels in it. The library
 claims at 1e-8 in equilibrated units, which differ from these."""
 
 INDEPENDENT = 1e-12
@@ -139,7 +139,8 @@ def residual(data: Arrays, point: Arrays) -> np.ndarray:
         sides = [there(v, v) for v in (h, lower, upper)]
         off = [Ax - b, np.maximum(Gx - sides[0], 0)]
         off += [np.maximum(there(v - x, v), 0) for v in (lower,)] + [np.maximum(there(x - v, v), 0) for v in (upper,)]
-        sizes = [Ax, b, Gx, *sides, there(x, lower), there(x, upper)]
+        crossed = [np.where(miss > 0, side, 0) for miss, side in zip(off[1:], sides, strict=True)]
+        sizes = [Ax, b, Gx, *crossed, there(x, lower), there(x, upper)]
         primal = largest(*off) / (1 + largest(*sizes))
         dual = largest(Qx + data["q"] + pull + push) / (1 + largest(Qx, data["q"], pull, push))
         held = (sides[0] * lam).sum(-1) - (sides[1] * low).sum(-1) + (sides[2] * high).sum(-1)
@@ -160,18 +161,27 @@ def farkas(data: Arrays, proof: Arrays) -> np.ndarray:
     nu, lam, low, high = proof["nu"], proof["lam"], proof["lam_lower"], proof["lam_upper"]
     with np.errstate(invalid="ignore", over="ignore"):
         sums = pulled(data["A"], nu) + pulled(data["G"], lam) - low + high
-        size = pulled(np.abs(data["A"]), np.abs(nu)) + pulled(np.abs(data["G"]), lam) + low + high
         depth = (data["b"] * nu).sum(-1) + (there(h, h) * lam).sum(-1)
         depth += (there(upper, upper) * high).sum(-1) - (there(lower, lower) * low).sum(-1)
-        left = np.abs(sums) / (1 + size)
-    return np.stack([left.max(-1), np.abs(depth + 1), misplaced(data, proof)]).max(0)
+        # What should be 0 is not: no x is excluded that makes it 1. So it must be small beside 1 over the sizes of x at
+        # which the rows that matter to the proof hold.
+        far = np.ones(len(nu), np.longdouble)
+        bounds = np.ones_like(lower[:, :, None])
+        rows = ((data["A"], data["b"], nu), (data["G"], h, lam), (bounds, lower, low), (bounds, upper, high))
+        for matrix, side, multiplier in rows:
+            length = np.abs(matrix).max(-1)
+            matters = (np.abs(there(side, side) * multiplier) >= 1e-6) & (length > 0)
+            where = np.where(matters, np.abs(there(side, side)) / np.where(matters, length, 1), 0)
+            far = np.maximum(far, where.max(-1, initial=0))
+        left = np.abs(sums).max(-1) * far
+    return np.stack([left, np.abs(depth + 1), misplaced(data, proof)]).max(0)
 
 
 def ray(data: Arrays, proof: Arrays) -> np.ndarray:
     """Return by how much a direction misses: Qx = 0, Ax = 0, Gx <= 0 (and bounds), q'x = -1."""
     x = proof["x"]
     with np.errstate(invalid="ignore", over="ignore"):
-        size = 1 + np.abs(x).max(-1)
+        size = np.abs(x).max(-1)
         off = [
             np.abs(times(data["Q"], x)),
             np.abs(times(data["A"], x)),

@@ -195,3 +195,52 @@ def test_most_of_it_is_solved_and_some_is_not() -> None:
     run()
     assert counts[Status.SOLVED] >= 30, counts
     assert counts[Status.PRIMAL_INFEASIBLE] >= 3 and counts[Status.DUAL_INFEASIBLE] >= 3, counts
+
+
+def feasible_in_any_units(seed: int) -> dict[str, Tensor]:
+    """Return 200 strictly convex programs around feasible points; rows, variables, costs and slacks in units of their
+    own, up to 1e6 either way."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=g))
+
+    count, n, m = 200, pick(1, 5), pick(0, 4)
+    p = pick(0, min(n, 2) + 1) if n > 1 else 0
+    spread = 6 * float(torch.rand((), generator=g, dtype=torch.float64))
+
+    def units(*shape: int) -> Tensor:
+        return 10 ** (spread * (2 * torch.rand(*shape, dtype=torch.float64, generator=g) - 1))
+
+    d, root = units(count, n), normal(count, n, n)
+    Q = (root @ root.mT / n) * d[:, :, None] * d[:, None, :] * units(count, 1, 1)
+    x = normal(count, n) / d * units(count, 1)
+    data = {"Q": Q, "q": normal(count, n) * d * units(count, n)}
+    if p:
+        data["A"] = normal(count, p, n) * d[:, None, :] * units(count, p, 1)
+        data["b"] = (data["A"] @ x[..., None])[..., 0]
+    if m:
+        data["G"] = normal(count, m, n) * d[:, None, :] * units(count, m, 1)
+        data["h"] = (data["G"] @ x[..., None])[..., 0] + normal(count, m).abs() * units(count, m)
+    if float(torch.rand((), generator=g, dtype=torch.float64)) < 0.7:
+        data["lower"] = x - normal(count, n).abs() * units(count, n) / d
+    return data
+
+
+@pytest.mark.parametrize("seed", [1, 26, 44, 152, 187, 194, 261, 264])
+@pytest.mark.parametrize("executor", ["cpu", "torch", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_what_has_a_solution_is_never_proven_to_have_none(executor: Any, seed: int) -> None:
+    """Of some, 1e-10 of a row counted as nothing, and its side as a contradiction; or a short step as one for ever."""
+    data = feasible_in_any_units(seed)
+    device = "cuda" if executor == "cuda" else "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", diffopt.InaccurateSolutionWarning)
+        solution = diffopt.solve_qp(
+            **{name: v.to(device) for name, v in data.items()}, settings=Settings(executor=executor), on_failure="return"
+        )
+    assert not (solution.status == Status.PRIMAL_INFEASIBLE).any(), solution
+    assert not (solution.status == Status.DUAL_INFEASIBLE).any(), solution
+    assert solution.ok.float().mean() > 0.95, solution

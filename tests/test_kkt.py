@@ -41,6 +41,18 @@ def test_absent_sides_do_not_count():
     assert kkt.residuals(form, point(form, (0, 0), (), (0.0,))).worst() == 0
 
 
+def test_far_sides_that_are_met_hide_no_violation():
+    """x_1 = 1 violates x_1 <= 0 by 1, whatever x_2 may be."""
+    G = torch.eye(2, dtype=f64)
+    rows = QPForm(torch.eye(2, dtype=f64), tensor(-1, 0), G=G, h=tensor(0, 1e30))
+    assert kkt.residuals(rows, point(rows, (1, 0), (), (0.0, 0.0))).primal == 0.5
+    bounds = QPForm(torch.eye(2, dtype=f64), tensor(-1, 0), lower=tensor(-1e25, -1e25), upper=tensor(0, 1e30))
+    assert kkt.residuals(bounds, point(bounds, (1, 0))).primal == 0.5
+    # A violated side counts, however large.
+    low = QPForm(torch.eye(2, dtype=f64), tensor(-1, 0), lower=tensor(9, 0))
+    assert kkt.residuals(low, point(low, (1, 0))).primal == 8 / 10
+
+
 def test_residuals_of_nonlinear_problems_match_those_of_the_qp():
     class Plain(diffopt.DifferentiableProblem):
         n, params = 2, (diffopt.Param("q", ("n",)),)

@@ -47,8 +47,8 @@ def solve(data: Data, kappa: float) -> CentralPoint:
     screened, nonfinite, crossed = pdipm.screen(data)
     qp = pdipm.scale(screened)
     system = Saddle(qp.Q, qp.A, qp.G, "primal", regularisation(qp.scaling, "primal"))
-    # (Scaling rows and variables leaves s lam alone; scaling the objective does not.)
-    goal = (kappa * qp.scaling.cost).expand(*qp.batch, 1)
+    # (Scaling rows and variables leaves s lam alone; scaling the objective, or the size of solutions, does not.)
+    goal = (kappa * qp.scaling.cost / (qp.size * qp.force)).expand(*qp.batch, 1)
     state = interior_point.start(qp, system)
     best, best_residual = state, torch.full(qp.batch, torch.inf, dtype=qp.q.dtype, device=qp.q.device)
     blocked = torch.ones_like(goal, dtype=torch.bool)
@@ -84,9 +84,12 @@ def solve(data: Data, kappa: float) -> CentralPoint:
 def _residual(qp: ScaledQP, state: State, goal: Tensor, r_dual: Tensor, r_eq: Tensor, r_row: Tensor) -> Tensor:
     z = torch.where(qp.on, state.z, 0.0)
     slope = [qp.Q.matvec(state.x), qp.q, rmatvec(qp.A, state.nu), qp.apply_Ct(z, state.y)]
-    sides = [qp.b, qp.d, torch.where(qp.on, state.s, 0.0)]
     dual = max_abs(r_dual) / (1 + torch.stack([max_abs(v) for v in slope]).amax(0))
-    primal = torch.maximum(max_abs(r_eq), max_abs(r_row)) / (1 + torch.stack([max_abs(v) for v in sides]).amax(0))
+    # Of each row its own side, or a far one would hide what the others miss.
+    Cx = torch.where(qp.on, qp.apply_C(state.x), 0.0)
+    size = 1 + torch.maximum(max_abs(qp.b), max_abs(Cx))
+    row = r_row.abs() / torch.maximum(size.unsqueeze(-1), torch.where(qp.on, torch.maximum(qp.d.abs(), state.s), 0.0))
+    primal = torch.maximum(max_abs(r_eq) / size, max_abs(row))
     if qp.fixed.shape[-1]:
         stray = torch.where(qp.fixed, state.x - qp.target, 0.0)
         primal = torch.maximum(primal, max_abs(stray) / (1 + max_abs(qp.target)))

@@ -60,8 +60,8 @@ def check_primal(qp: ScaledQP, state: State, run: Tensor) -> Proof:
     scale = torch.where(depth > 0, 1 / torch.where(depth > 0, depth, 1.0), 0.0).unsqueeze(-1)
     ray = State(torch.zeros_like(state.x), state.nu * scale, y * scale, torch.zeros_like(z), z * scale)
     error = max_abs(rmatvec(qp.A, ray.nu) + qp.apply_Ct(ray.z, ray.y))
-    # The error counts against the multipliers' size too: it is what rounding leaves of their sum.
-    holds = run & (depth > 0) & torch.isfinite(depth) & (error <= TOLERANCE)
+    far = qp.reach(ray, torch.ones_like(depth))
+    holds = run & (depth > 0) & torch.isfinite(depth) & (error * far <= TOLERANCE)
     return Proof(holds, ray)
 
 
@@ -81,7 +81,7 @@ def check_dual(qp: ScaledQP, direction: Tensor, run: Tensor, convex: Tensor) -> 
     error = torch.maximum(error, max_abs(torch.where(qp.on, qp.apply_C(v), 0.0).clamp_min(0)))
     if qp.fixed.shape[-1]:
         error = torch.maximum(error, max_abs(torch.where(qp.fixed, v, 0.0)))
-    holds = run & (slope > 0) & torch.isfinite(slope) & (error <= TOLERANCE)
+    holds = run & (slope > 0) & torch.isfinite(slope) & (error <= TOLERANCE * qp.stride(v, torch.ones_like(slope)))
     none = torch.zeros_like(qp.d)
     return Proof(holds, State(v, torch.zeros_like(qp.b), torch.zeros_like(qp.target), none, none))
 

@@ -180,11 +180,11 @@ def _certificates(qp: ScaledQP, state: State) -> tuple[Tensor, Tensor]:
     z = state.z * qp.on
     pull = rmatvec(qp.A, state.nu) + qp.apply_Ct(z, state.y)
     depth = fall(qp.b * state.nu, qp.d * z, qp.target * state.y)
-    primal = (depth > 0) & (max_abs(pull) <= FARKAS * depth)
+    primal = (depth > 0) & (max_abs(pull) * qp.reach(state, depth) <= FARKAS * depth)
     slope = fall(qp.q * state.x)
     outside = torch.where(qp.on, qp.apply_C(state.x), 0.0).clamp_min(0)
     error = torch.maximum(max_abs(qp.Q.matvec(state.x)), max_abs(matvec(qp.A, state.x)))
     error = torch.maximum(error, max_abs(outside))
     if qp.fixed.shape[-1]:
         error = torch.maximum(error, max_abs(torch.where(qp.fixed, state.x, 0.0)))
-    return primal, (slope > 0) & (error <= FARKAS * slope)
+    return primal, (slope > 0) & (error <= FARKAS * qp.stride(state.x, slope))

@@ -406,6 +406,8 @@ def _infeasibility_multipliers(qp: ScaledQP, found: _Multipliers) -> tuple[Tenso
 def original(qp: ScaledQP, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (x, nu, lam, lam_lower, lam_upper, s) in original units."""
     d, eq, rows, cost = qp.scaling
+    x, s, nu, y, z = state.x * qp.size, state.s * qp.size, *(v * qp.force for v in (state.nu, state.y, state.z))
+    state = State(x, nu, y, s, z)
     general, lower, upper = qp.split(torch.where(qp.on, state.z, 0.0))
     slack = qp.split(torch.where(qp.on, state.s, torch.inf))[0]
     none = state.x.new_zeros(state.x.shape)
@@ -416,7 +418,7 @@ def original(qp: ScaledQP, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor
         force = state.y / (cost * d)
         lam_lower = lam_lower + (-force).clamp_min(0)
         lam_upper = lam_upper + force.clamp_min(0)
-        x = torch.where(qp.fixed, qp.target * d, x)
+        x = torch.where(qp.fixed, qp.target * d * qp.size, x)
     return x, eq * state.nu / cost, rows * general / cost, lam_lower, lam_upper, slack / rows
 
 
@@ -427,8 +429,9 @@ def _original_rays(
     zero = torch.zeros_like
     if ray is None:
         ray = State(zero(qp.q), zero(qp.b), zero(qp.target), zero(qp.d), zero(qp.d))
-    x, nu, lam, lam_lower, lam_upper, _ = original(qp, ray)
-    x = ray.x * qp.scaling.d
+    _, nu, lam, lam_lower, lam_upper, _ = original(qp, ray)
+    nu, lam, lam_lower, lam_upper = (v / (qp.size * qp.force) for v in (nu, lam, lam_lower, lam_upper))
+    x = ray.x * qp.scaling.d / qp.force
     has_x, has_dual = (ray.x != 0).any(-1), (ray.nu != 0).any(-1) | (ray.z != 0).any(-1) | (ray.y != 0).any(-1)
     if data.lower is not None and data.upper is not None:
         # lower_i > upper_i: the two bounds of the worst variable contradict each other.

@@ -50,7 +50,9 @@ def polish(qp: ScaledQP, system: Saddle, state: State, residual: Tensor, run: Te
             factor = _factor(qp, system, active)
         candidate = _solve(qp, factor, active, candidate)
         z_size = 1 + candidate.z.abs().amax(-1, keepdim=True) if qp.d.shape[-1] else 1.0
-        s_size = 1 + qp.d.abs().amax(-1, keepdim=True) if qp.d.shape[-1] else 1.0
+        # (A far side that the point meets must not make room for what it violates.)
+        near = torch.where(active | (candidate.s < 0), qp.d, 0.0)
+        s_size = 1 + near.abs().amax(-1, keepdim=True) if qp.d.shape[-1] else 1.0
         wrong_z = active & (candidate.z < -slack * z_size)
         wrong_s = qp.on & ~active & (candidate.s < -slack * s_size)
         clipped = candidate._replace(s=candidate.s.clamp_min(0), z=candidate.z.clamp_min(0))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffopt.linalg.matrices import SymmetricMatrix
 from diffopt.linalg.saddle import Rows
-from diffopt.linalg.scaling import Scaling, equilibrate
+from diffopt.linalg.scaling import Scaling, equilibrate, power_of_two
 from diffopt.shapes import matvec, max_abs, rmatvec
 
 
@@ -28,6 +28,12 @@ class State(NamedTuple):
         mask = mask.unsqueeze(-1)
         return State(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
 
+
+LARGE = 1e6
+"""Size of a solution, in equilibrated units, from which it is the unit."""
+
+SHARE = 1e-6
+"""Of the depth of a certificate, from which a term takes part in it."""
 
 NOISE = 1e-12
 """Share of the sizes of its terms up to which a sum is taken for rounding error, of the data too."""
@@ -91,11 +97,47 @@ class ScaledQP:
         if both:
             self.on = self.on & ~torch.cat([fixed.new_zeros(*batch, m), fixed, fixed], -1)
         self.d = torch.where(self.on, side, 0.0)
-        # How much an original unit is worth here: original = scaled * unit.
+        self.size, self.force = self._shrink()
+        # How much an original unit is worth here, but for `size` and `force`: original = scaled * unit.
         ones = d.expand(*batch, n)
         units = [(1 / rows).expand(*batch, m)] + [ones] * (int(self.has_lower) + int(self.has_upper))
         self.row_unit = torch.cat(units, -1)
         self.eq_unit, self.x_unit, self.cost_unit = 1 / eq, 1 / (cost * d), (1 / cost).squeeze(-1)
+
+    def _shrink(self) -> tuple[Tensor, Tensor]:
+        """Divide b, d and target, and so x and s, and q and so the multipliers, by powers of two; return these,
+        ``(*batch, 1)`` each.
+
+        Solutions grow with q, b and the sides; without curvature, q moves the multipliers alone. Where they must be large,
+        their unit becomes what they must be at least: steps and proofs know of sizes near 1.
+        """
+        curved = self.Q.column_norms().amax(-1, keepdim=True) > 0
+        sides = torch.where(self.on, self.d, 0.0)
+        pieces = [torch.where(curved, self.q, 0.0), self.b, self.target, sides.clamp_max(0)]  # (violated at 0)
+        most = max_abs(torch.cat(pieces, -1)).unsqueeze(-1)
+        if sides.shape[-1]:
+            # A linear program ends at sides, if not at those that are violated at 0.
+            least = torch.where(sides > 0, sides, torch.inf).amin(-1, keepdim=True)
+            most = torch.where(curved | torch.isinf(least), most, torch.maximum(most, least))
+        size = torch.where(most > LARGE, power_of_two(most), 1.0)
+        force = torch.where(curved, size, 1.0)
+        self.q, self.b, self.d, self.target = self.q / force, self.b / size, self.d / size, self.target / size
+        return size, force
+
+    def reach(self, state: State, depth: Tensor) -> Tensor:
+        """Return how far away from 0 the contradiction of a Farkas direction of this depth lies, at least 1: the largest
+        side that has a share in it. (One row with a side of 1e10 contradicts nothing, although 1e-10 times the row is
+        almost zero.)"""
+        sides = torch.cat([self.b, self.d, self.target], -1)
+        multipliers = torch.cat([state.nu, torch.where(self.on, state.z, 0.0), state.y], -1)
+        share = (sides * multipliers).abs() >= SHARE * depth.unsqueeze(-1)
+        return max_abs(torch.where(share, sides, 0.0)).clamp_min(1)
+
+    def stride(self, x: Tensor, fall: Tensor) -> Tensor:
+        """Return the length of a direction along which the objective falls by this much, at most the fall, of what has
+        a share in it."""
+        share = (self.q * x).abs() >= SHARE * fall.unsqueeze(-1)
+        return torch.minimum(fall, max_abs(torch.where(share, x, 0.0)))
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split a vector over the rows of C into general rows, lower bounds, upper bounds."""
@@ -149,17 +191,20 @@ class ScaledQP:
         Ax, Cx = matvec(self.A, x), torch.where(self.on, self.apply_C(x), 0.0)
         linear, sides = (self.q * x).sum(-1), (self.d * z).sum(-1) + (self.target * state.y).sum(-1)
         terms = torch.stack([(Qx * x).sum(-1), linear, (self.b * state.nu).sum(-1), sides])
+        crossed = torch.where(Cx > self.d, self.d, 0.0)  # (a far side that x meets must not hide what else it violates)
         stray = torch.where(self.fixed, x - self.target, 0.0) if self.fixed.shape[-1] else torch.zeros_like(x)
         worst = infeasible = torch.zeros_like(linear)
         one = x.new_ones(())
+        units = [self.force * self.x_unit, self.size * self.eq_unit, self.size * self.row_unit]
+        units += [self.size * self.scaling.d, (self.size * self.force).squeeze(-1) * self.cost_unit]
         for x_unit, eq_unit, row_unit, d_unit, cost_unit in (
             (one, one, one, one, one),
-            (self.x_unit, self.eq_unit, self.row_unit, self.scaling.d, self.cost_unit),
+            units,
         ):
             dual = max_abs((Qx + self.q + pull + push) * x_unit)
             dual_size = _largest(Qx * x_unit, self.q * x_unit, pull * x_unit, push * x_unit)
             primal = _largest((Ax - self.b) * eq_unit, (Cx - self.d).clamp_min(0) * row_unit, stray * d_unit)
-            primal_size = _largest(Ax * eq_unit, self.b * eq_unit, Cx * row_unit, self.d * row_unit)
+            primal_size = _largest(Ax * eq_unit, self.b * eq_unit, Cx * row_unit, crossed * row_unit)
             gap, gap_size = terms.sum(0).abs() * cost_unit, terms.abs().amax(0) * cost_unit
             for error, size in ((dual, dual_size), (primal, primal_size)):
                 infeasible = torch.maximum(infeasible, error / (1 + size))

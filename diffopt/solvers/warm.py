@@ -44,7 +44,8 @@ def near(qp: ScaledQP, start: Start) -> Near:
     usable = start.finite()
     x, nu, lam, lower, upper = (torch.where(usable.unsqueeze(-1), v, 0.0) for v in start)
     d, eq, rows, cost = qp.scaling
-    x, nu, lam = x / d, cost * nu / eq, cost * lam / rows
+    cost = cost / qp.force
+    x, nu, lam = x / (d * qp.size), cost * nu / eq, cost * lam / rows
     lower, upper = cost * d * lower, cost * d * upper
     pieces = [lam] + ([lower] if qp.has_lower else []) + ([upper] if qp.has_upper else [])
     z = torch.where(qp.on, torch.cat(pieces, -1).clamp_min(0), 0.0)

@@ -10,8 +10,11 @@ import torch
 import diffopt
 from diffopt import Diagonal, Settings, Status, waiting
 from diffopt.check import known
+from diffopt.linalg.matrices import Dense
 from diffopt.linalg.saddle import Factor
+from diffopt.solvers import pdipm
 from diffopt.solvers.newton_system import NewtonSystem
+from diffopt.solvers.scaled_qp import State
 
 f64 = torch.float64
 EXECUTORS = [("torch", "dual"), ("torch", "primal"), ("cpu", "dual")]
@@ -286,6 +289,18 @@ def test_sizes_zero_and_one():
     assert zero.ok and zero.x.isfinite().all()
 
 
+def test_a_far_side_hides_no_violation_from_the_solver():
+    eye, none = torch.eye(2, dtype=f64), torch.zeros(0, 2, dtype=f64)
+    data = pdipm.Data(
+        Dense(eye), torch.zeros(2, dtype=f64), none, none[:, 0], eye, torch.tensor([0.0, 1e30], dtype=f64),
+        None, torch.tensor([torch.inf, 1e25], dtype=f64), torch.Size(),
+    )  # fmt: skip
+    qp = pdipm.scale(data)
+    state = State(torch.ones(2, dtype=f64), none[:, 0], none[:, 0], torch.ones(4, dtype=f64), torch.zeros(4, dtype=f64))
+    _, infeasible = qp.relative_residuals(state)
+    assert infeasible == 0.5
+
+
 STALLED = {
     "far away": {
         "Q": [[1.13e7, 0.406], [0.406, 2.24e-8]], "q": [9.66, -5.38e-4], "A": [[-38.2, 1.44e-6]], "b": [0.0109],
@@ -294,13 +309,27 @@ STALLED = {
     "one variable": {
         "Q": [[1.19e-7]], "q": [-1.03e-4], "G": [[0.0162], [0.0106]], "h": [16.5, 107.0], "lower": [-987.0],
     },
+    "rows forgotten": {
+        "Q": [[0.00266, -15.1, 0.362], [-15.1, 158000.0, -1770.0], [0.362, -1770.0, 61.5]],
+        "q": [-694.0, -3.58e6, -54.8], "A": [[-2.06, -32600.0, -59.3], [-0.00298, -5.35, 0.0129]],
+        "b": [1.92e-5, 5.04e-9], "G": [[1350.0, 945000.0, 129000.0], [-0.00213, 9.41, 0.0378]],
+        "h": [-0.0232, 1080.0], "lower": [-7740.0, -7.38e-6, -1.59e-7],
+    },
+    "rows forgotten, large bounds": {
+        "Q": [[3.92e-10, 0.00105, 1.63e-9], [0.00105, 3870.0, 0.00622], [1.63e-9, 0.00622, 4.02e-8]],
+        "q": [0.737, -2.24e-5, -2.22e-7], "A": [[-3.21e-7, 0.442, 3.22e-7], [-3.96e-9, -0.000156, 8.23e-9]],
+        "b": [-2.65e-7, -2.88e-9],
+        "G": [[-1.89e-10, -0.00878, 4.77e-9], [-0.000817, 1600.0, 0.000304], [6.87e-6, 69.0, 4.79e-6]],
+        "h": [76.6, -0.000245, 0.000366], "lower": [-6.92e7, -4.61, -1.77e8],
+    },
 }  # fmt: skip
-"""Badly scaled programs of which the first steps are blocked again and again from the ordinary start."""
+"""Badly scaled programs of which the first steps are blocked again and again from the ordinary start, and of the last
+two from far inside too."""
 
 
 @pytest.mark.parametrize("name", STALLED)
 @pytest.mark.parametrize(("executor", "reduction"), EXECUTORS)
-def test_a_start_that_forgets_the_rows_solves_what_stalls(executor, reduction, name):
+def test_other_starts_solve_what_stalls(executor, reduction, name):
     data = {k: torch.tensor(v, dtype=f64) for k, v in STALLED[name].items()}
     solution = diffopt.solve_qp(**data, settings=Settings(executor=executor, reduction=reduction), on_failure="return")
     assert solution.status == Status.SOLVED and solution.residuals.worst() < 1e-12

@@ -91,6 +91,7 @@ class Whole {
         const Scaled& k = main_.problem;
         const Start& from = batch.start;
         const State& v = near_;
+        const double cost = k.cost / k.force;
         double finite = 0;  // stays zero only if nothing is infinite or NaN
         auto each = [&](const void* values, Index size, auto take) {
             const T* source = static_cast<const T*>(values) + i * size;
@@ -102,16 +103,16 @@ class Whole {
         };
         auto multiplier = [&](Index row, double value) { v.z[row] = k.on[row] != 0 ? std::max(0.0, value) : 0.0; };
         std::fill_n(v.z, k.rows, 0.0), std::fill_n(v.y, k.np, 0.0);
-        each(from.x, k.k.n, [&](Index j, double x) { v.x[j] = k.fixed[j] != 0 ? k.target[j] : x / k.dx[j]; });
-        each(from.nu, k.k.p, [&](Index r, double nu) { v.nu[r] = nu * k.cost / k.eq[r]; });
-        each(from.lam, k.k.m, [&](Index r, double lam) { multiplier(r, lam * k.cost / k.row[r]); });
+        each(from.x, k.k.n, [&](Index j, double x) { v.x[j] = k.fixed[j] != 0 ? k.target[j] : x / (k.dx[j] * k.size); });
+        each(from.nu, k.k.p, [&](Index r, double nu) { v.nu[r] = nu * cost / k.eq[r]; });
+        each(from.lam, k.k.m, [&](Index r, double lam) { multiplier(r, lam * cost / k.row[r]); });
         each(from.lower, k.k.n, [&](Index j, double force) {
-            if (k.fixed[j] != 0) v.y[j] -= force * k.cost * k.dx[j];
-            else if (k.k.lower) multiplier(k.lower_at + j, force * k.cost * k.dx[j]);
+            if (k.fixed[j] != 0) v.y[j] -= force * cost * k.dx[j];
+            else if (k.k.lower) multiplier(k.lower_at + j, force * cost * k.dx[j]);
         });
         each(from.upper, k.k.n, [&](Index j, double force) {
-            if (k.fixed[j] != 0) v.y[j] += force * k.cost * k.dx[j];
-            else if (k.k.upper) multiplier(k.upper_at + j, force * k.cost * k.dx[j]);
+            if (k.fixed[j] != 0) v.y[j] += force * cost * k.dx[j];
+            else if (k.k.upper) multiplier(k.upper_at + j, force * cost * k.dx[j]);
         });
         return finite == 0;
     }
@@ -167,13 +168,13 @@ class Whole {
         for (Index j = 0; j < k.k.n; j++) sides.take(k.target[j] * v.y[j]);
         const double depth = sides.value();
         if (!(depth > 0 && depth < INF)) return false;
+        double error = 0;
         for (Index r = 0; r < k.pp; r++) v.nu[r] /= depth;
         for (Index r = 0; r < k.rows; r++) v.z[r] /= depth;
         for (Index j = 0; j < k.np; j++) v.y[j] /= depth;
         pull();
-        double error = 0;
         for (Index j = 0; j < k.k.n; j++) error = vmax_nan(std::fabs(pull_[j]), error);
-        return error <= CLAIM;
+        return error * k.reach(v, 1) <= CLAIM;
     }
 
     // Checks a direction as a proof of unboundedness, normalised to q'x = -1, into direction_.
@@ -199,7 +200,7 @@ class Whole {
         for (Index r = 0; r < k.k.p; r++) error = vmax_nan(std::fabs(eq_[r]), error);
         for (Index r = 0; r < k.rows; r++)
             if (k.on[r] != 0) error = vmax_nan(Cx_[r], error);
-        return error <= CLAIM;
+        return error <= CLAIM * k.stride(v.x, 1);
     }
 
     const State& least_infeasibility() {
@@ -283,7 +284,7 @@ class Whole {
         k.equilibrate();
         recession_->solve(1e-12, 60, true, false);
         const Scaled& done = recession_->problem;
-        for (Index j = 0; j < n; j++) pull_[j] = recession_->state.x[j] * done.dx[j];
+        for (Index j = 0; j < n; j++) pull_[j] = recession_->state.x[j] * done.dx[j];  // (in any unit: a direction)
         std::copy_n(pull_, n, recession_->state.x);
         return recession_->state.x;
     }
@@ -324,27 +325,28 @@ class Whole {
         T *x = at(answer.x, n), *nu = at(answer.nu, p), *lam = at(answer.lam, m), *s = at(answer.s, m);
         T *lower = at(answer.lower, n), *upper = at(answer.upper, n);
         for (Index j = 0; j < n; j++) {
-            x[j] = static_cast<T>((k.fixed[j] != 0 ? k.target[j] : v.x[j]) * k.dx[j]);
-            const double unit = 1 / (k.cost * k.dx[j]);
+            x[j] = static_cast<T>((k.fixed[j] != 0 ? k.target[j] : v.x[j]) * (k.dx[j] * k.size));
+            const double unit = k.force / (k.cost * k.dx[j]);
             double low = k.k.lower && k.on[k.lower_at + j] != 0 ? v.z[k.lower_at + j] : 0.0;
             double high = k.k.upper && k.on[k.upper_at + j] != 0 ? v.z[k.upper_at + j] : 0.0;
             if (k.fixed[j] != 0) low = std::max(0.0, -v.y[j]), high = std::max(0.0, v.y[j]);
             lower[j] = static_cast<T>(low * unit);
             upper[j] = static_cast<T>(high * unit);
         }
-        for (Index r = 0; r < p; r++) nu[r] = static_cast<T>(k.eq[r] * v.nu[r] / k.cost);
+        for (Index r = 0; r < p; r++) nu[r] = static_cast<T>(k.eq[r] * v.nu[r] * k.force / k.cost);
         for (Index r = 0; r < m; r++) {
             const bool here = k.on[r] != 0;
-            lam[r] = static_cast<T>(here ? k.row[r] * v.z[r] / k.cost : 0.0);
-            s[r] = static_cast<T>(here ? v.s[r] / k.row[r] : INF);
+            lam[r] = static_cast<T>(here ? k.row[r] * v.z[r] * k.force / k.cost : 0.0);
+            s[r] = static_cast<T>(here ? v.s[r] * k.size / k.row[r] : INF);
         }
         // Weakly active rows hold with equality and have no multiplier; a derivative leaves them out.
         k.times_C(v.x, Cx_);
+        const double small = options.weak_tolerance;
         int64_t weak = 0;
         for (Index r = 0; r < k.rows; r++) {
             const bool held = main_.active[r] != 0;
             const double slack = held ? std::min(0.0, v.s[r]) : r < k.mp ? v.s[r] : k.d[r] - Cx_[r];
-            const bool is_weak = k.on[r] != 0 && slack <= options.weak_tolerance && v.z[r] <= options.weak_tolerance;
+            const bool is_weak = k.on[r] != 0 && slack * k.size <= small && v.z[r] * k.force <= small;
             weak += is_weak;
             weak_[r] = held && !is_weak;
         }
@@ -378,18 +380,18 @@ class Whole {
         const Index n = k.k.n, p = k.k.p, m = k.k.m;
         ray.assign(static_cast<std::size_t>(3 * n + p + m), std::numeric_limits<double>::quiet_NaN());
         double *x = ray.data(), *nu = x + n, *lam = nu + p, *lower = lam + m, *upper = lower + n;
-        // Scaled depth is cost times the original one for x, and the same for duals.
+        // Scaled depth is cost / force times the original one for x, and for duals 1 / size times.
         if (status == DUAL_INFEASIBLE) {
-            for (Index j = 0; j < n; j++) x[j] = v.x[j] * k.dx[j] * k.cost;
+            for (Index j = 0; j < n; j++) x[j] = v.x[j] * k.dx[j] * k.cost / k.force;
             return;
         }
-        for (Index r = 0; r < p; r++) nu[r] = k.eq[r] * v.nu[r];
-        for (Index r = 0; r < m; r++) lam[r] = k.row[r] * v.z[r];
+        for (Index r = 0; r < p; r++) nu[r] = k.eq[r] * v.nu[r] / k.size;
+        for (Index r = 0; r < m; r++) lam[r] = k.row[r] * v.z[r] / k.size;
         for (Index j = 0; j < n; j++) {
             double low = k.k.lower ? v.z[k.lower_at + j] : 0.0, high = k.k.upper ? v.z[k.upper_at + j] : 0.0;
             if (k.fixed[j] != 0) low = std::max(0.0, -v.y[j]), high = std::max(0.0, v.y[j]);
-            lower[j] = low / k.dx[j];
-            upper[j] = high / k.dx[j];
+            lower[j] = low / (k.dx[j] * k.size);
+            upper[j] = high / (k.dx[j] * k.size);
         }
     }
 

@@ -18,6 +18,10 @@ template <class Number> INLINE Number interior_shift(Number lowest, Number large
     return select(lowest > 1e-3 * (1.0 + largest), Number{}, 1.0 - lowest);
 }
 
+// What a side counts for where violations are measured against the sizes of the constraints: nothing where the value meets
+// it, for a far side would hide what the others miss.
+template <class Vec> INLINE Vec crossed_side(Vec value, Vec side) { return select(value > side, vabs(side), Vec{}); }
+
 // Rows so far away would set mu alone; their multipliers start small.
 template <class Vec> INLINE Vec far_multiplier(Vec s, Vec z) { return select(s > FAR, vmin(z, FAR / s), z); }
 

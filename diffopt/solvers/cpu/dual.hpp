@@ -113,6 +113,11 @@ template <class P> class Dual {
         }
     }
     INLINE Mask on(Index at) const { return P::load_mask(on_ + at); }
+    // What the side of a row counts for where the signs of slacks are read: held, or violated.
+    INLINE Vec wide(Index at, Index direction, double sign) const {
+        const Vec side = P::load(side_ + at), value = sign * P::load(Cx_ + k.pp * P::S + direction);
+        return select(P::load_mask(held_rows_ + at), vabs(side), crossed_side(value, side));
+    }
 
     // ---- data ------------------------------------------------------------------------------------------------
 
@@ -268,7 +273,7 @@ template <class P> class Dual {
                 P::store(r_ + at, select(here, v + s - side, 0.0));
                 mu_sum += select(here, s * z, 0.0);
                 violation = vmax_nan(v - side, violation);
-                size = vmax(vmax(vabs(v), vabs(side)), size);
+                size = vmax(vmax(vabs(v), crossed_side(v, side)), size);
                 gap_sum += z * (side - v);
                 side_sum += z * side;
                 const Mask above = here & (z > s);

@@ -349,8 +349,8 @@ class General {
             error = vmax_nan(std::fabs(Qx_[j]), error);
             if (k.fixed[j] != 0) error = vmax_nan(std::fabs(now_.x[j]), error);
         }
-        if (depth.value() > 0 && pull <= FARKAS * depth.value()) return PROVEN_INFEASIBLE;
-        if (!bounded && fall.value() > 0 && error <= FARKAS * fall.value()) return PROVEN_UNBOUNDED;
+        if (depth.value() > 0 && pull * k.reach(now_, depth.value()) <= FARKAS * depth.value()) return PROVEN_INFEASIBLE;
+        if (!bounded && fall.value() > 0 && error <= FARKAS * k.stride(now_.x, fall.value())) return PROVEN_UNBOUNDED;
         return STUCK;
     }
 
@@ -472,8 +472,11 @@ class General {
             const bool sound = hold(flipped_);
             aim(trial_, flipped_);
             double z_size = 0, s_size = 0;
-            for (Index r = 0; r < k.rows; r++)
-                z_size = vmax(std::fabs(trial_.z[r]), z_size), s_size = vmax(std::fabs(k.d[r]), s_size);
+            for (Index r = 0; r < k.rows; r++) {
+                z_size = vmax(std::fabs(trial_.z[r]), z_size);
+                // (A far side that the point meets must not make room for what it violates.)
+                if (flipped_[r] != 0 || trial_.s[r] < 0) s_size = vmax(std::fabs(k.d[r]), s_size);
+            }
             const double z_floor = -SIGN * (1 + z_size), s_floor = -SIGN * (1 + s_size);
             bool wrong = false;
             for (Index r = 0; r < k.rows; r++) {

@@ -121,9 +121,9 @@ template <class P> void Dual<P>::aim() {
 template <class P> typename P::Flag Dual<P>::flip(Flag which) {
     const Index offset = k.pp * P::S;
     Vec highest{}, widest{};
-    each_row([&](Index at, Index direction, double) {
+    each_row([&](Index at, Index direction, double sign) {
         highest = vmax(vabs(P::load(y_ + offset + direction)), highest);
-        widest = vmax(vabs(P::load(side_ + at)), widest);
+        widest = vmax(wide(at, direction, sign), widest);
     });
     const Vec z_error = P::splat(-FLIP * (1.0 + P::max(highest))), s_error = P::splat(FLIP * (1.0 + P::max(widest)));
     const Mask open = P::spread(which);
@@ -218,9 +218,9 @@ template <class P> typename P::Number Dual<P>::measure_point(Flag& inside) {
         const Vec v = select(on(at), sign * P::load(Cx_ + offset + direction), 0.0), side = P::load(side_ + at);
         const bool bound = direction >= k.mp * P::S;
         const Vec unit = bound ? P::load(m_->d + direction - k.mp * P::S) : 1.0 / P::load(m_->rows + direction);
-        take(primal_max, primal_size, vmax_nan(v - side, Vec{}), vmax(vabs(v), vabs(side)), unit);
+        take(primal_max, primal_size, vmax_nan(v - side, Vec{}), vmax(vabs(v), crossed_side(v, side)), unit);
         outside = vmax_nan(select(held, 0.0, v - side), outside);
-        widest = vmax(vabs(side), widest);
+        widest = vmax(wide(at, direction, sign), widest);
         sided += select(held, side * sign * P::load(y_ + offset + direction), 0.0);
     });
     inside = P::max(outside) <= SIGN * (1.0 + P::max(widest));

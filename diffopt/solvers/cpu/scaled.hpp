@@ -52,6 +52,7 @@ class Scaled {
     double *q, *b, *d, *on, *fixed, *target;
     double *dx, *eq, *row;     // the scaling of x, of the equalities, of the rows of G
     double cost = 1, soft = 0;
+    double size = 1, force = 1;  // what x, s, b, d and target, and what q and the multipliers are divided by
     bool any_fixed = false;
 
     explicit Scaled(const Sizes& sizes)
@@ -186,12 +187,14 @@ class Scaled {
         curved_ = largest > 0;
         cost = power_of_four(1 / (curved_ ? largest : linear));
         apply_scaling();
+        shrink();
     }
 
-    // Applies a scaling that is known: dx, eq, row and cost.
+    // Applies a scaling that is known, to the matrices: dx, eq, row and cost.
     void rescale() {
         scale_hessian(1);
         column_norms(norm_);
+        size = force = 1;
         double largest = 0;
         for (Index j = 0; j < k.n; j++) largest = vmax(norm_[j], largest);
         curved_ = largest > 0;
@@ -257,17 +260,17 @@ class Scaled {
         auto largest = [](double a, double c) { return vmax(std::fabs(a), std::fabs(c)); };
         double curved = 0, linear = 0, equal = 0, sided = 0;
         for (Index j = 0; j < n; j++) {
-            const double unit = 1 / (cost * dx[j]);
+            const double unit = force / (cost * dx[j]);
             take(slope, std::fabs(Qx_[j] + q[j] + pull_[j] + push_[j]), unit);
             take(slope_size, vmax(largest(Qx_[j], q[j]), largest(pull_[j], push_[j])), unit);
             curved += Qx_[j] * v.x[j];
             linear += q[j] * v.x[j];
             if (!any_fixed || fixed[j] == 0) continue;
-            take(off, std::fabs(v.x[j] - target[j]), dx[j]);
+            take(off, std::fabs(v.x[j] - target[j]), dx[j] * size);
             sided += target[j] * v.y[j];
         }
         for (Index r = 0; r < k.p; r++) {
-            const double value = Ax_[r] - soft * v.nu[r], unit = 1 / eq[r];
+            const double value = Ax_[r] - soft * v.nu[r], unit = size / eq[r];
             take(off, std::fabs(value - b[r]), unit);
             take(off_size, largest(value, b[r]), unit);
             equal += b[r] * v.nu[r] + soft * v.nu[r] * v.nu[r];
@@ -276,19 +279,20 @@ class Scaled {
             if (on[r] == 0) continue;
             const bool general = r < mp;
             const double value = Cx_[r] - (general ? soft * v.z[r] : 0.0);
-            const double unit = general ? 1 / row[r] : dx[(r - mp) % np];
+            const double unit = size * (general ? 1 / row[r] : dx[(r - mp) % np]);
             take(off, vmax_nan(value - d[r], 0.0), unit);
-            take(off_size, largest(value, d[r]), unit);
+            // A far side that x meets must not hide what else it violates.
+            take(off_size, value > d[r] ? largest(value, d[r]) : std::fabs(value), unit);
             sided += d[r] * v.z[r] + (general ? soft * v.z[r] * v.z[r] : 0.0);
         }
         const double total = std::fabs(curved + linear + equal + sided);
-        const double size = vmax(largest(curved, linear), largest(equal, sided));
+        const double term = vmax(largest(curved, linear), largest(equal, sided));
         Errors found;
         found.worst = found.infeasible = 0;
         for (int units = 0; units < 2; units++) {
-            const double scale = units ? 1.0 : 1 / cost;
+            const double scale = units ? 1.0 : size * force / cost;
             const double all[3] = {off[units] / (1 + off_size[units]), slope[units] / (1 + slope_size[units]),
-                                   total * scale / (1 + size * scale)};
+                                   total * scale / (1 + term * scale)};
             for (int e = 0; e < 3; e++) {
                 if (units == 0) found.original[e] = all[e];
                 found.worst = vmax_nan(all[e], found.worst);
@@ -296,6 +300,28 @@ class Scaled {
             }
         }
         return found;
+    }
+
+    // ---- proofs: how small what should be zero has to be ----------------------------------------------------------
+
+    // How far away from 0 the contradiction of a Farkas direction of this depth lies, at least 1: the largest side that has
+    // a share in it. (One row with a side of 1e10 contradicts nothing, although 1e-10 times the row is almost zero.)
+    double reach(const State& v, double depth) const {
+        double most = 1;
+        auto take = [&](double side, double multiplier) {
+            if (std::fabs(side * multiplier) >= SHARE * depth) most = vmax(std::fabs(side), most);
+        };
+        for (Index r = 0; r < k.p; r++) take(b[r], v.nu[r]);
+        for (Index r = 0; r < rows; r++) take(d[r], on[r] != 0 ? v.z[r] : 0.0);
+        for (Index j = 0; any_fixed && j < k.n; j++) take(target[j], v.y[j]);
+        return most;
+    }
+    // The length of a direction along which the objective falls by this much, at most the fall, of what has a share in it.
+    double stride(const double* x, double fall) const {
+        double most = 0;
+        for (Index j = 0; j < k.n; j++)
+            if (std::fabs(q[j] * x[j]) >= SHARE * fall) most = vmax(std::fabs(x[j]), most);
+        return vmin(fall, most);
     }
 
     // Whether the Hessian is positive definite with an estimated condition up to SAFE_CONDITION; `factor`: n x np.
@@ -358,6 +384,31 @@ class Scaled {
     }
 
     // The rest of a scaling, once dx has been applied to the Hessian; and what of the rows exists.
+    // Solutions grow with q, b and the sides; without curvature, q moves the multipliers alone. Where they must be large,
+    // their unit becomes what they must be at least: steps and proofs know of sizes near 1.
+    void shrink() {
+        double most = 0, least = INF;
+        for (Index j = 0; j < np; j++) {
+            if (curved_) most = vmax(std::fabs(q[j]), most);
+            most = vmax(std::fabs(target[j]), most);
+        }
+        for (Index r = 0; r < pp; r++) most = vmax(std::fabs(b[r]), most);
+        for (Index r = 0; r < rows; r++) {
+            if (on[r] == 0) continue;
+            most = vmax(-d[r], most);  // violated at 0
+            if (d[r] > 0) least = vmin(d[r], least);
+        }
+        // (A linear program ends at sides, if not at those that are violated at 0.)
+        if (!curved_ && least < INF) most = vmax(least, most);
+        size = most > LARGE && most < INF ? power_of_two(most) : 1.0;
+        force = curved_ ? size : 1.0;
+        if (size == 1) return;
+        const double by = 1 / size;
+        for (Index j = 0; j < np; j++) q[j] /= force, target[j] *= by;
+        for (Index r = 0; r < pp; r++) b[r] *= by;
+        for (Index r = 0; r < rows; r++) d[r] *= by;
+    }
+
     void apply_scaling() {
         const Index n = k.n;
         if (curved_ && cost != 1) {

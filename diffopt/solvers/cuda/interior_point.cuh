@@ -59,7 +59,7 @@ DIFFOPT_STEP Measure measure(Job& work) {
         z.each_row(k, [&](int row, double sign) {
             const double side = at.side[row];
             if (!present(side)) return;
-            const double over = sign * u - side, size = larger(fabs(u), fabs(side));
+            const double over = sign * u - side, size = over > 0 ? larger(fabs(u), fabs(side)) : fabs(u);
             sums[3] += side * at.z[row];
             sums[4] -= at.z[row] * over;
             sums[5] += cone::complementarity(at.s[row], at.z[row]);

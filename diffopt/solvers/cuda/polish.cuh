@@ -76,8 +76,8 @@ DIFFOPT_STEP void judge(Job& work) {
     const Reduced& reduced = work.reduced;
     const KktVectors& v = at.kkt;
     const Scaling& scale = at.scale;
-    // Errors and sizes in original, then in equilibrated units; and the lowest slack.
-    double most[9] = {0, 0, 0, 0, reduced.b_size_o, 0, 0, reduced.b_size, -1};
+    // Errors and sizes in original, then in equilibrated units; minus the lowest slack; the largest side held or violated.
+    double most[10] = {0, 0, 0, 0, reduced.b_size_o, 0, 0, reduced.b_size, -1, 0};
     double sums[4] = {0, 0, 0, 0};
     for (int i = team.rank; i < z.n; i += team.size) {
         const double q = double(data.q[i]), unit = scale.cost * scale.d[i];
@@ -104,12 +104,15 @@ DIFFOPT_STEP void judge(Job& work) {
         const double unit = k < z.m ? 1 / scale.rows[z.p + k] : scale.d[k - z.m];
         z.each_row(k, [&](int row, double sign) {
             if (!present(at.side[row])) return;
-            const double slack = at.side[row] - sign * value, size = larger(fabs(value), fabs(at.side[row]));
+            const double slack = at.side[row] - sign * value, side = fabs(at.side[row]);
+            // A far side that x meets must not hide what else it violates.
+            const double size = slack < 0 ? larger(fabs(value), side) : fabs(value);
             primal = larger(primal, -slack * unit);
             primal_scaled = larger(primal_scaled, -slack);
             most[4] = larger(most[4], size * unit);
             most[7] = larger(most[7], size);
             if (sign != at.active[k]) most[8] = larger(most[8], -slack);
+            if (slack < 0 || sign == at.active[k]) most[9] = larger(most[9], side);
             if (sign == at.active[k]) sums[3] += sign * at.candidate[k] * at.side[row] / scale.cost;
         });
     }
@@ -125,7 +128,7 @@ DIFFOPT_STEP void judge(Job& work) {
     double worst = larger(found.dual, larger(found.primal, found.gap));
     worst = larger(worst, larger(most[2] / (1 + most[3]), most[6] / (1 + most[7])));
     found.worst = larger(worst, gap * scale.cost / (1 + terms * scale.cost));
-    found.lowest_slack = -most[8];
+    found.lowest_slack = -most[8], found.least_slack = -SIGN_SLACK * (1 + most[9]);
 }
 
 // Solve for the point of at.active, and decide whether it is the solution. Its x, nu and forces are then in at.x, at.nu and
@@ -165,7 +168,7 @@ DIFFOPT_STEP bool solve_active(Job& work, double accept, bool flips, bool& flipp
         multiplier[1] = larger(multiplier[1], -at.active[k] * at.candidate[k]);
     }
     team.max(multiplier);
-    const double least_z = -SIGN_SLACK * (1 + multiplier[0]), least_s = -SIGN_SLACK * (1 + work.reduced.side_size);
+    const double least_z = -SIGN_SLACK * (1 + multiplier[0]);
     for (int k = team.rank; k < z.c; k += team.size) {
         at.next[k] = at.active[k] * at.candidate[k] < least_z ? 0 : at.active[k];
         at.candidate[k] = at.active[k] * fmax(at.active[k] * at.candidate[k], 0.0);
@@ -174,13 +177,13 @@ DIFFOPT_STEP bool solve_active(Job& work, double accept, bool flips, bool& flipp
     products(team, z, data, at.scale, at.x, at.nu, at.candidate, v);
     judge(work);
     const Quality& quality = work.quality;
-    const bool signs = -multiplier[1] >= least_z && quality.lowest_slack >= least_s;
+    const bool signs = -multiplier[1] >= least_z && quality.lowest_slack >= quality.least_slack;
     if (signs && quality.worst <= accept) return true;
     if (flips && !signs) {
         for (int k = team.rank; k < z.c; k += team.size) {
             const double value = value_of(z, at, k);
             z.each_row(k, [&](int row, double sign) {
-                const bool wrong = at.side[row] - sign * value < least_s;
+                const bool wrong = at.side[row] - sign * value < quality.least_slack;
                 if (present(at.side[row]) && at.active[k] == 0 && wrong) at.next[k] = int(sign);
             });
             at.active[k] = at.next[k];

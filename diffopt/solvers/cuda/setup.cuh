@@ -84,16 +84,16 @@ struct Memory {
 
 // The objective and the equalities as functions of the directions' forces f:
 //   C x = u_free - P f,   x'Qx = xQx - 2 f'u_pull + f'Pf,   q'x = qx + f'u_pull,   b'nu = bnu - f'(u_free - u_pull)
-// and b_size the largest |b|, side_size the largest |side|, in equilibrated units; b_size_o the largest |b| as given.
+// and b_size the largest |b| in equilibrated units, b_size_o as given.
 struct Reduced {
-    double xQx, qx, bnu, b_size, b_size_o, side_size;
+    double xQx, qx, bnu, b_size, b_size_o;
     int rows;
 };
 
 // Relative residuals of a point, in original units and the worst in original and equilibrated units alike, and its
-// lowest slack of an inactive row, in equilibrated units.
+// lowest slack of an inactive row, in equilibrated units, and down to what a slack is rounding error.
 struct Quality {
-    double primal, dual, gap, worst, lowest_slack;
+    double primal, dual, gap, worst, lowest_slack, least_slack;
 };
 
 // All that solving one problem works on: one argument, for registers are what calls run out of.
@@ -190,7 +190,7 @@ DIFFOPT_STEP bool prepare(Job& work) {
         const int k = item / (z.ld - p - m), i = item % (z.ld - p - m);  // bounds: unit vectors; then padding
         at.V[k * z.ld + p + m + i] = i == k && i < c - m ? 1.0 : 0.0;
     }
-    double size[3] = {0, 0, 0}, rows[1] = {0};
+    double size[2] = {0, 0}, rows[1] = {0};
     for (int i = team.rank; i < n; i += team.size) at.kkt.r_x[i] = scale.cost * scale.d[i] * double(data.q[i]);
     for (int e = team.rank; e < p; e += team.size) {
         const double v = double(data.b[e]);
@@ -202,13 +202,12 @@ DIFFOPT_STEP bool prepare(Job& work) {
         z.each_row(k, [&](int row, double) {
             at.side[row] = k < m ? at.side[row] * scale.rows[p + k] : at.side[row] / scale.d[k - m];
             if (!present(at.side[row])) return;
-            size[2] = larger(size[2], fabs(at.side[row]));
             rows[0] += 1;
         });
     }
     team.max(size);
     team.sum(rows);
-    reduced.b_size = size[0], reduced.b_size_o = size[1], reduced.side_size = size[2];
+    reduced.b_size = size[0], reduced.b_size_o = size[1];
     reduced.rows = int(rows[0]);
 
     // Q = L L', V = L^-1 [A' C'], t = L^-1 q. L and V go to global memory for polish and backward pass.
