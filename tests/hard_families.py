@@ -76,8 +76,8 @@ class Family(NamedTuple):
 
     Attributes:
         name: as in the table.
-        error: the largest that the table may show (and from 1e-6 on `hard.py` too), of x where it is unique (else of the
-            optimal value), relative, or of a certificate (`claims.py`; the library claims at 1e-8).
+        error: the largest that the table may show (and from 1e-6 on `hard.py` too), of x where it is unique (else of
+            the optimal value), relative, or of a certificate (`claims.py`; the library claims at 1e-8).
         slope: the largest error of a gradient, relative.
         faults: by their names in `mutations.py`, those that take out what handles this family. `make mutations` sees to
             it that the tests of the family fail then.
@@ -481,30 +481,6 @@ def everything_badly_scaled(s: Sizes) -> Drawn:
     """Rows, variables and the objective by up to 1e3 either way."""
     sizes, options = (s.p, s.m), {"bounds": s.bounds, "batch": (s.count,)}
     return solved(known.badly_scaled_program(s.seed, s.n, *sizes, decades=3.0, **options))  # type: ignore[arg-type]
-
-
-def magnified(s: Sizes, drawn: Drawn) -> Drawn:
-    """Costs and sides, and so solutions, 1e6 to 1e12 times as large."""
-    factor = 10 ** (6 + 6 * torch.rand(s.count, 1, generator=s.generator(), dtype=f64))
-    vectors = ("q", "b", "h", "lower", "upper")
-    data = {name: v * factor if name in vectors and v is not None else v for name, v in drawn.data.items()}
-    return drawn._replace(data=data, x=None if drawn.x is None else drawn.x * factor)
-
-
-def large_solution(s: Sizes) -> Drawn:
-    return magnified(s, solved(ordinary(s)))
-
-
-def large_vertex(s: Sizes) -> Drawn:
-    return magnified(s, vertex(s))
-
-
-def large_infeasible(s: Sizes) -> Drawn:
-    return magnified(s, infeasible_by_rows(s))
-
-
-def large_unbounded(s: Sizes) -> Drawn:
-    return magnified(s, unbounded_quadratic(s))
 
 
 def magnified(s: Sizes, drawn: Drawn) -> Drawn:

@@ -238,9 +238,8 @@ def test_what_has_a_solution_is_never_proven_to_have_none(executor: Any, seed: i
     device = "cuda" if executor == "cuda" else "cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", diffopt.InaccurateSolutionWarning)
-        solution = diffopt.solve_qp(
-            **{name: v.to(device) for name, v in data.items()}, settings=Settings(executor=executor), on_failure="return"
-        )
+        moved = {name: v.to(device) for name, v in data.items()}
+        solution = diffopt.solve_qp(**moved, settings=Settings(executor=executor), on_failure="return")
     assert not (solution.status == Status.PRIMAL_INFEASIBLE).any(), solution
     assert not (solution.status == Status.DUAL_INFEASIBLE).any(), solution
     assert solution.ok.float().mean() > 0.95, solution

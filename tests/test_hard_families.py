@@ -132,6 +132,13 @@ def test_what_handles_a_family_has_faults_that_these_tests_catch() -> None:
             assert "test_hard_families.py" in faults[name].tests, (family.name, name)
 
 
+def test_every_fault_can_still_be_planted() -> None:
+    for fault in mutations.FAULTS:
+        for file, old, new in ((fault.file, fault.old, fault.new), *fault.also):
+            assert old in (mutations.ROOT / "diffopt" / file).read_text(), (fault.name, file)
+            assert old != new, fault.name
+
+
 # ---- what a wrong claim is -------------------------------------------------------------------------------------------
 
 

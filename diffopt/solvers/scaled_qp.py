@@ -108,8 +108,8 @@ class ScaledQP:
         """Divide b, d and target, and so x and s, and q and so the multipliers, by powers of two; return these,
         ``(*batch, 1)`` each.
 
-        Solutions grow with q, b and the sides; without curvature, q moves the multipliers alone. Where they must be large,
-        their unit becomes what they must be at least: steps and proofs know of sizes near 1.
+        Solutions grow with q, b and the sides; without curvature, q moves the multipliers alone. Where they must be
+        large, their unit becomes what they must be at least: steps and proofs know of sizes near 1.
         """
         curved = self.Q.column_norms().amax(-1, keepdim=True) > 0
         sides = torch.where(self.on, self.d, 0.0)
@@ -125,17 +125,19 @@ class ScaledQP:
         return size, force
 
     def reach(self, state: State, depth: Tensor) -> Tensor:
-        """Return how far away from 0 the contradiction of a Farkas direction of this depth lies, at least 1: the largest
-        side that has a share in it. (One row with a side of 1e10 contradicts nothing, although 1e-10 times the row is
-        almost zero.)"""
+        """Return how far away from 0 the contradiction of a Farkas direction of this depth lies, at least 1.
+
+        It is the largest side that has a share in it: one row with a side of 1e10 contradicts nothing, although 1e-10
+        times the row is almost zero.
+        """
         sides = torch.cat([self.b, self.d, self.target], -1)
         multipliers = torch.cat([state.nu, torch.where(self.on, state.z, 0.0), state.y], -1)
         share = (sides * multipliers).abs() >= SHARE * depth.unsqueeze(-1)
         return max_abs(torch.where(share, sides, 0.0)).clamp_min(1)
 
     def stride(self, x: Tensor, fall: Tensor) -> Tensor:
-        """Return the length of a direction along which the objective falls by this much, at most the fall, of what has
-        a share in it."""
+        """Return the length, of what has a share in the fall, of a direction along which the objective falls by this
+        much; at most the fall itself."""
         share = (self.q * x).abs() >= SHARE * fall.unsqueeze(-1)
         return torch.minimum(fall, max_abs(torch.where(share, x, 0.0)))
 
