@@ -292,7 +292,7 @@ def test_sizes_zero_and_one():
 def test_a_far_side_hides_no_violation_from_the_solver():
     eye, none = torch.eye(2, dtype=f64), torch.zeros(0, 2, dtype=f64)
     data = pdipm.Data(
-        Dense(eye), torch.zeros(2, dtype=f64), none, none[:, 0], eye, torch.tensor([0.0, 1e30], dtype=f64),
+        Dense(eye), -torch.ones(2, dtype=f64), none, none[:, 0], eye, torch.tensor([0.0, 1e30], dtype=f64),
         None, torch.tensor([torch.inf, 1e25], dtype=f64), torch.Size(),
     )  # fmt: skip
     qp = pdipm.scale(data)
