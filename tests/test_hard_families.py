@@ -85,7 +85,10 @@ FOUND = [
     ("sides of 1e20 and more", 14_000_069),  # given up, without a start that almost forgets the rows
     ("sides of 1e20 and more", 14_000_083),
     ("sides of 1e20 and more", 14_000_025),  # SOLVED, off by 0.4: a row was violated, by little beside a side of 1e30
-    ("linear, a solution of 1e6 to 1e12", 39_000_118),  # out of iterations, where sizes of 1e12 have no unit of their own
+    (
+        "linear, a solution of 1e6 to 1e12",
+        39_000_118,
+    ),  # out of iterations in ordinary units
     ("linear, a solution of 1e6 to 1e12", 39_000_119),
     ("Q with eigenvalues down to 1e-10", 23_000_095),  # x was off by 0.3, where curvature is less than the shift was
 ]

@@ -16,6 +16,7 @@ from diffopt.backends.base import (
     Capabilities,
     InstancePoint,
     RawPoint,
+    Recession,
     farkas,
     instances,
     ray,
@@ -24,6 +25,7 @@ from diffopt.backends.base import (
     solve_each,
 )
 from diffopt.backends.registry import register
+from diffopt.backends.units import in_own_unit
 from diffopt.errors import BackendNotInstalled, BackendUnsupported, SettingsError
 from diffopt.problems.forms import Form, QPForm
 from diffopt.solution import Certificate, Status
@@ -79,7 +81,8 @@ class CvxpyBackend(Backend):
         tight = _tight_options(self.solver, settings) | self.solver_options
 
         def solve_one(data: dict[str, Tensor]) -> InstancePoint:
-            return screen(data) or _solve_instance(data, self.solver, tight, self.solver_options)
+            answer = screen(data)
+            return answer or in_own_unit(data, lambda d: _solve_instance(d, self.solver, tight, self.solver_options))
 
         return solve_each(form, settings, instances(form), solve_one, self.solver)
 
@@ -180,17 +183,18 @@ def _solve_instance(
         certificate = farkas(data, nu, lam, lam_lower, lam_upper)
         return InstancePoint(status, iterations=iterations, certificate=certificate)
     if status == Status.DUAL_INFEASIBLE:
-        return InstancePoint(status, iterations=iterations, certificate=_falling(data, solver, tight))
+        program = recession(data)
+        if program is None:  # the objective falls in no direction for ever: the solver is wrong
+            return InstancePoint(Status.NUMERICAL_ERROR, iterations=iterations)
+        return InstancePoint(status, iterations=iterations, certificate=_falling(data, program, solver, tight))
     if status == Status.NUMERICAL_ERROR or x.value is None:
         return InstancePoint(status, iterations=iterations)
     solution = torch.as_tensor(x.value, dtype=torch.float64)
     return InstancePoint(status, solution, nu, lam, lam_lower, lam_upper, iterations)
 
 
-def _falling(data: dict[str, Tensor], solver: str, options: dict[str, Any]) -> Certificate | None:
+def _falling(data: dict[str, Tensor], program: Recession, solver: str, options: dict[str, Any]) -> Certificate | None:
     """Return a direction in which the objective falls for ever, if the solver finds one. (CVXPY passes none on.)"""
-    if (program := recession(data)) is None:
-        return None
     cp = _cvxpy()
     V, cost, A, G = (part.numpy() for part in program)
     y = cp.Variable(len(cost))

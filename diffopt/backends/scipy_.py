@@ -28,6 +28,7 @@ from diffopt.backends.base import (
     solve_each,
 )
 from diffopt.backends.registry import register
+from diffopt.backends.units import in_own_unit
 from diffopt.errors import SettingsError
 from diffopt.linalg.scaling import equilibrate
 from diffopt.problems.base import NonlinearForm, checked_start
@@ -120,7 +121,11 @@ class ScipyBackend(Backend):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about accuracy and degeneracy, which `Backend.solve` measures itself
             if isinstance(form, QPForm):
-                return solve_each(form, settings, instances(form), lambda d: _solve_qp(d, methods, limit), methods[0])
+
+                def solve_one(data: dict[str, Tensor]) -> InstancePoint:
+                    return in_own_unit(data, lambda d: _solve_qp(d, methods, limit))
+
+                return solve_each(form, settings, instances(form), solve_one, methods[0])
             assert isinstance(form, NonlinearForm)
             return solve_each(
                 form, settings, _instance_forms(form), lambda f: _solve_nonlinear(f, methods, limit), methods[0]

@@ -10,6 +10,7 @@ import diffopt
 from closed_forms import everything, form
 from diffopt import BackendNotInstalled, BackendUnsupported, QPForm, Settings, SettingsError, Status
 from diffopt.backends import CvxpyBackend, cvxpy_
+from diffopt.backends.base import recession
 
 f64 = torch.float64
 
@@ -99,7 +100,8 @@ def test_table_of_statuses(monkeypatch, code, status):
 
     monkeypatch.setattr(cvxpy_, "_run", relabelled)
     (point,) = (
-        cvxpy_._solve_instance(d, "CLARABEL", {}, {}) for d in diffopt.backends.instances(form(everything()[0]))
+        cvxpy_._solve_instance(d, "CLARABEL", {}, {})
+        for d in diffopt.backends.instances(form(everything(linear=True)[0]))
     )
     assert point.status == status
     assert (point.x is not None) == (status in (Status.SOLVED, Status.ALMOST_SOLVED, Status.MAX_ITERATIONS))
@@ -111,7 +113,7 @@ def test_table_of_statuses(monkeypatch, code, status):
 def test_infeasible_or_unbounded_is_decided_by_a_second_solve(monkeypatch, feasible, status):
     codes = iter(["infeasible_or_unbounded", feasible])
     monkeypatch.setattr(cvxpy_, "_run", lambda *_: next(codes, "solver_error"))
-    (data,) = diffopt.backends.instances(form(everything()[0]))
+    (data,) = diffopt.backends.instances(form(everything(linear=True)[0]))
     assert cvxpy_._solve_instance(data, "CLARABEL", {}, {}).status == status
 
 
@@ -154,8 +156,9 @@ def test_construction_without_cvxpy_waits_for_the_registry_to_refuse(monkeypatch
 
 
 def test_a_bounded_program_has_no_ray():
-    for linear in (True, False):
-        (data,) = diffopt.backends.instances(form(everything(linear)[0]))
-        assert cvxpy_._falling(data, "CLARABEL", {}) is None
-    (data,) = diffopt.backends.instances(QPForm(None, torch.zeros(2, dtype=f64)))
-    assert cvxpy_._falling(data, "CLARABEL", {}) is None
+    (data,) = diffopt.backends.instances(form(everything(linear=True)[0]))
+    program = recession(data)
+    assert program is not None and cvxpy_._falling(data, program, "CLARABEL", {}) is None
+    for without in (form(everything()[0]), QPForm(None, torch.zeros(2, dtype=f64))):
+        (data,) = diffopt.backends.instances(without)
+        assert recession(data) is None

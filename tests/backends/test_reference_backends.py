@@ -8,7 +8,8 @@ import torch
 import diffopt
 from closed_forms import FAILURES, everything, failing, form
 from diffopt import QPForm, Settings, Status
-from diffopt.backends import CvxpyBackend, ScipyBackend, instances
+from diffopt.backends import CvxpyBackend, ScipyBackend, cvxpy_, instances
+from hard_families import FAMILIES, Sizes
 from tolerances import EXACT_ALGEBRA
 
 f64 = torch.float64
@@ -218,6 +219,26 @@ def test_badly_scaled_problems(backend):
     assert bool((found.status == Status.SOLVED).all()), found.residuals
     relative = (found.point.x - problem.x).abs() / problem.x.abs()
     assert relative.max() <= 1e-9
+
+
+LARGE = ("a solution of 1e6 to 1e12", "linear, a solution of 1e6 to 1e12", "infeasible, sides of 1e6 to 1e12")
+
+
+@pytest.mark.parametrize("name", [*LARGE, "sides of 1e20 and more"])
+def test_large_solutions_and_far_sides(backend, name):
+    family = next(family for family in FAMILIES if family.name == name)
+    drawn = family.draw(Sizes(0, 5, 2, 6, "mixed", 3))
+    found = backend.solve(QPForm(**drawn.data), Settings())
+    assert (found.status == drawn.status).all(), found.status
+    if drawn.x is not None:
+        error = (found.point.x - drawn.x).abs().amax(-1) / drawn.x.abs().amax(-1)
+        assert error.max() <= 1e-9
+
+
+def test_cvxpy_does_not_pass_on_that_a_strictly_convex_objective_falls_for_ever(monkeypatch):
+    monkeypatch.setattr(cvxpy_, "_run", lambda problem, solver, options: "unbounded")
+    found = CvxpyBackend().solve(QPForm(torch.eye(2, dtype=f64), torch.ones(2, dtype=f64)), Settings())
+    assert found.status == Status.NUMERICAL_ERROR
 
 
 def test_a_solve_leaves_no_graph_and_the_data_unchanged(backend):
