@@ -50,7 +50,10 @@ def verdicts(family: Family, executor: Any) -> claims.Verdict:
             if not drawn.unique:  # (x has no derivative then, and the reverse pass may say so)
                 warnings.simplefilter("ignore", diffopt.InaccurateGradientWarning)
             x = solution.x.nan_to_num(nan=0.0)
-            size = 1 + x.detach().abs().amax(-1, keepdim=True)
+            size = x.detach().abs().amax(-1, keepdim=True)
+            size = torch.where(
+                size > 1e3, size, 1.0
+            )  # (the error is relative to 1: a solution of 1e12 has a loss of its size)
             (gradient,) = torch.autograd.grad((x.square() / size).sum() + solution.x.sum(), leaf)
         assert torch.equal(gradient.isfinite().all(-1), solution.ok), (solution, gradient)
         if drawn.held is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from diffopt.backends.base import InstancePoint
+from diffopt.linalg.scaling import power_of_two
 from diffopt.solution import Certificate
 
 LARGE = 1e6
@@ -52,14 +52,17 @@ def _size(data: dict[str, Tensor]) -> float:
         torch.where(length > 0, data[side].abs() / length, 0.0)  # (rows of zeros say nothing about x)
         for side, length in zip(("b", "h"), lengths, strict=True)
     )
-    # (Sides of rows that x = 0 meets need not be near.)
-    sides = [eq, rows[data["h"] < 0], data["lower"].clamp_min(0), -data["upper"].clamp_max(0)]
+    # As `ScaledQP` does: a side that x = 0 meets need not be near, but a linear program ends at sides.
+    signed = torch.cat([rows * data["h"].sign(), -data["lower"], data["upper"]])
     if Q.any():
-        sides.append(q / Q.abs().max())
-    return _unit(torch.cat(sides))
+        free = q / Q.abs().max()
+    else:
+        ahead = signed[(signed > 0) & signed.isfinite()]
+        free = ahead.amin(0, keepdim=True) if len(ahead) else ahead
+    return _unit(torch.cat([eq, signed.clamp_max(0), free]))
 
 
 def _unit(values: Tensor) -> float:
     sizes = torch.nan_to_num(values.abs(), nan=0.0, posinf=0.0)
-    largest = float(sizes.amax()) if len(sizes) else 0.0
-    return 2.0 ** round(math.log2(largest)) if largest > LARGE else 1.0
+    largest = sizes.amax() if len(sizes) else values.new_zeros(())
+    return float(power_of_two(largest)) if largest > LARGE else 1.0

@@ -98,11 +98,15 @@ class ScaledQP:
             self.on = self.on & ~torch.cat([fixed.new_zeros(*batch, m), fixed, fixed], -1)
         self.d = torch.where(self.on, side, 0.0)
         self.size, self.force = self._shrink()
-        # How much an original unit is worth here, but for `size` and `force`: original = scaled * unit.
+        # How much an original unit is worth here: original = scaled * unit.
         ones = d.expand(*batch, n)
         units = [(1 / rows).expand(*batch, m)] + [ones] * (int(self.has_lower) + int(self.has_upper))
-        self.row_unit = torch.cat(units, -1)
-        self.eq_unit, self.x_unit, self.cost_unit = 1 / eq, 1 / (cost * d), (1 / cost).squeeze(-1)
+        self.slope_unit, self.eq_unit, self.row_unit = (
+            self.force / (cost * d),
+            self.size / eq,
+            self.size * torch.cat(units, -1),
+        )
+        self.x_unit, self.value_unit = self.size * d, (self.size * self.force / cost).squeeze(-1)
 
     def _shrink(self) -> tuple[Tensor, Tensor]:
         """Divide b, d and target, and so x and s, and q and so the multipliers, by powers of two; return these,
@@ -112,12 +116,11 @@ class ScaledQP:
         large, their unit becomes what they must be at least: steps and proofs know of sizes near 1.
         """
         curved = self.Q.column_norms().amax(-1, keepdim=True) > 0
-        sides = torch.where(self.on, self.d, 0.0)
-        pieces = [torch.where(curved, self.q, 0.0), self.b, self.target, sides.clamp_max(0)]  # (violated at 0)
+        pieces = [torch.where(curved, self.q, 0.0), self.b, self.target, self.d.clamp_max(0)]  # (sides violated at 0)
         most = max_abs(torch.cat(pieces, -1)).unsqueeze(-1)
-        if sides.shape[-1]:
+        if self.d.shape[-1]:
             # A linear program ends at sides, if not at those that are violated at 0.
-            least = torch.where(sides > 0, sides, torch.inf).amin(-1, keepdim=True)
+            least = torch.where(self.d > 0, self.d, torch.inf).amin(-1, keepdim=True)
             most = torch.where(curved | torch.isinf(least), most, torch.maximum(most, least))
         size = torch.where(most > LARGE, power_of_two(most), 1.0)
         force = torch.where(curved, size, 1.0)
@@ -197,17 +200,15 @@ class ScaledQP:
         stray = torch.where(self.fixed, x - self.target, 0.0) if self.fixed.shape[-1] else torch.zeros_like(x)
         worst = infeasible = torch.zeros_like(linear)
         one = x.new_ones(())
-        units = [self.force * self.x_unit, self.size * self.eq_unit, self.size * self.row_unit]
-        units += [self.size * self.scaling.d, (self.size * self.force).squeeze(-1) * self.cost_unit]
-        for x_unit, eq_unit, row_unit, d_unit, cost_unit in (
+        for slope_unit, eq_unit, row_unit, x_unit, value_unit in (
             (one, one, one, one, one),
-            units,
+            (self.slope_unit, self.eq_unit, self.row_unit, self.x_unit, self.value_unit),
         ):
-            dual = max_abs((Qx + self.q + pull + push) * x_unit)
-            dual_size = _largest(Qx * x_unit, self.q * x_unit, pull * x_unit, push * x_unit)
-            primal = _largest((Ax - self.b) * eq_unit, (Cx - self.d).clamp_min(0) * row_unit, stray * d_unit)
+            dual = max_abs((Qx + self.q + pull + push) * slope_unit)
+            dual_size = _largest(Qx * slope_unit, self.q * slope_unit, pull * slope_unit, push * slope_unit)
+            primal = _largest((Ax - self.b) * eq_unit, (Cx - self.d).clamp_min(0) * row_unit, stray * x_unit)
             primal_size = _largest(Ax * eq_unit, self.b * eq_unit, Cx * row_unit, crossed * row_unit)
-            gap, gap_size = terms.sum(0).abs() * cost_unit, terms.abs().amax(0) * cost_unit
+            gap, gap_size = terms.sum(0).abs() * value_unit, terms.abs().amax(0) * value_unit
             for error, size in ((dual, dual_size), (primal, primal_size)):
                 infeasible = torch.maximum(infeasible, error / (1 + size))
             worst = torch.maximum(worst, gap / (1 + gap_size))

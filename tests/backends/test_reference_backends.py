@@ -235,6 +235,13 @@ def test_large_solutions_and_far_sides(backend, name):
         assert error.max() <= 1e-9
 
 
+def test_a_large_linear_program_that_zero_satisfies(backend):
+    G, h = torch.tensor([[1.0, 2.0], [3.0, 1.0]], dtype=f64), torch.tensor([4e12, 6e12], dtype=f64)
+    found = backend.solve(QPForm(None, torch.tensor([-1.0, -1.0], dtype=f64), G=G, h=h, lower=0.0), Settings())
+    assert found.status == Status.SOLVED
+    assert close(found.point.x / 1e12, torch.tensor([1.6, 1.2], dtype=f64))
+
+
 def test_cvxpy_does_not_pass_on_that_a_strictly_convex_objective_falls_for_ever(monkeypatch):
     monkeypatch.setattr(cvxpy_, "_run", lambda problem, solver, options: "unbounded")
     found = CvxpyBackend().solve(QPForm(torch.eye(2, dtype=f64), torch.ones(2, dtype=f64)), Settings())

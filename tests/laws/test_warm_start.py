@@ -82,6 +82,21 @@ def test_a_solution_is_its_own_start(case: Case, executor: Any, dtype: torch.dty
         assert torch.equal(warm.x, cold.x)  # such a backend has no use for it
 
 
+@pytest.mark.parametrize("family", ["singular", "linear"])
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_large_solution_is_its_own_start(family: str, executor: Any) -> None:
+    """Programs of this size are solved in a unit of their own; a start is not."""
+    arguments = data(FAMILIES[family](3, batch=(6,)))
+    for name in ("q", "b", "h", "lower", "upper"):
+        if arguments.get(name) is not None:
+            arguments[name] = 1e9 * arguments[name]
+    cold = solved(arguments, executor)
+    warm = solved(arguments, executor, cold)
+    assert cold.ok.all() and (cold.iterations > 0).all()
+    assert (warm.iterations == 0).all()
+    assert measures.relative(warm.x / 1e9, cold.x / 1e9) <= EXACT_ALGEBRA
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("by", [1e-3, 0.3, 3.0])
